@@ -1,0 +1,99 @@
+"""What the core asks of the world. Effects are ordered; the runtime carries them out in that order.
+
+The durability rule (protocol §2, "the journal goes first"): every `Append` before a `Certify`, `Sign` or `EndEpoch` is
+on stable storage before that request leaves for the wormhole. Many effects may share one fsync.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cloudfit_orchestrator.bft.store import Snapshot
+from cloudfit_orchestrator.model.statement import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Append `record` to the write-ahead log."""
+
+    record: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """Replace the whole write-ahead log by `records`, atomically and durably (truncation after a stable checkpoint)."""
+
+    records: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Certify:
+    """CREATE_UI for counter `cv` of epoch `c`. Answer by `Replica.certified` or `Replica.refused`."""
+
+    c: int
+    cv: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """SIGN a statement under `c`. Answer by `Replica.signed(token, signature)`; a refusal is dropped."""
+
+    c: int
+    kind: Kind
+    body: bytes
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndEpoch:
+    """END_EPOCH of `c` after a wedge. Answer by `Replica.epoch_ended`."""
+
+    c: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `body` to `peer` ("replica#incarnation"). May be lost."""
+
+    peer: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Send `body` to the connections of the client with raw key `client`. May be lost."""
+
+    client: bytes
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSnapshot:
+    """Persist `snapshot`, the state after `slot` of configuration `c`: its new chunks, then its index, durably.
+
+    Answer by `Replica.saved(c, slot)`. The runtime keeps it until a `DropSnapshots` names it.
+    """
+
+    c: int
+    slot: int
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class DropSnapshots:
+    """Forget all persisted snapshots but those of the (c, slot) in `keep`."""
+
+    keep: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the controller, through the wormhole's REPORT."""
+
+    topic: str
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+Effect = (
+    Append | Rewrite | Certify | Sign | EndEpoch | Send | Answer | SaveSnapshot | DropSnapshots | Report
+)
