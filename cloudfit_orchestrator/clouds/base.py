@@ -1,0 +1,318 @@
+"""What a cloud driver offers: machines, networks and disk snapshots that carry their owner's tags.
+
+Rules, the same for all drivers:
+1. Every call blocks and may be repeated: what is done already is found and returned, what is gone already is no error.
+2. Every call may come from any thread.
+3. Identity is the ownership tags on the object, never its name. A stranger's object that wears a name of ours raises
+   RefusedError and is never touched; nothing is deleted that does not carry the complete tag set.
+4. Errors: TemporaryError (try again), PermanentError (somebody must change something), RefusedError (a rule forbids
+   it). Each says what was tried, on which object, what was seen last, and the next command.
+"""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from cloudfit_orchestrator.model.errors import BadInputError
+from cloudfit_orchestrator.model.image import Manifest, Role
+
+MAX_NAME = (
+    40  # of a deployment, group or replica: names of five parts stay under libvirt's and the file system's limits
+)
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
+MIN_MEMORY_MIB, MAX_MEMORY_MIB = 64, 1 << 20
+MAX_CPUS = 64
+MIN_DISK_MIB, MAX_DISK_MIB = 16, 1 << 20
+
+
+def check_name(what: str, name: str) -> str:
+    """`name`, if it is lower case letters, digits, dot, dash, underscore, at most MAX_NAME. Raises BadInputError."""
+    if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+        raise BadInputError(
+            f"{what} {name!r}: lower case letters, digits, '.', '-', '_', at most {MAX_NAME} characters"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """The complete tag set of a machine and of its disks. Raises BadInputError on a bad name."""
+
+    deployment: str  # one CLOUDFIT_HOME, one operator: who cleans up
+    group: str
+    replica: str
+    incarnation: int
+    role: Role
+    operation: str  # the journal operation that asked for it: information, not identity
+
+    def __post_init__(self) -> None:
+        for what in ("deployment", "group", "replica"):
+            check_name(what, getattr(self, what))
+        if self.incarnation < 1:
+            raise BadInputError(f"incarnation {self.incarnation} of {self.group}/{self.replica}: must be at least 1")
+
+    @property
+    def identity(self) -> tuple[str, str, str, int, str]:
+        """What makes it the same machine: all but the operation."""
+        return (self.deployment, self.group, self.replica, self.incarnation, self.role.value)
+
+    @property
+    def name(self) -> str:
+        """A readable name for people. Not unique (names may hold dashes), never used to identify."""
+        return f"{self.deployment}-{self.group}-{self.replica}-{self.incarnation}-{self.role.value}"
+
+    @property
+    def key(self) -> str:
+        """16 hex digits, a collision-free name for files and MAC addresses: a hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
+
+    def tags(self) -> dict[str, str]:
+        """As text values, for metadata of any kind."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Self:
+        """The inverse of `tags`. Raises BadInputError unless the set is complete and valid."""
+        try:
+            return cls(
+                deployment=tags["deployment"],
+                group=tags["group"],
+                replica=tags["replica"],
+                incarnation=int(tags["incarnation"]),
+                role=Role(tags["role"]),
+                operation=tags["operation"],
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise BadInputError(f"ownership tags are incomplete: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """A machine's place in a cloud's network. `ensure_network` reads all but `address`."""
+
+    name: str  # of the network; one a cloud and deployment
+    address: str  # of the machine, IPv4; configured by the guest itself after WELCOME
+    prefix: int  # bits
+    gateway: str  # the host's address on the network; the host routes between its networks
+
+
+@dataclass(frozen=True, slots=True)
+class StateDisk:
+    """A fresh, empty ext4 disk, read-write; `/dev/vdb` in the guest."""
+
+    size_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSnapshot:
+    """A machine's state disk as it was. Never written again; outlives its machine until `delete_snapshot`."""
+
+    id: str  # driver's
+    owner: Ownership  # of the machine it was taken from
+    path: Path  # on the cloud's host; under the process driver a directory
+    format: str  # raw | qcow2 | directory
+    taken_at: str  # RFC 3339, information only
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """What to create. Either `state_disk` or `attach` may take the second disk, not both."""
+
+    owner: Ownership
+    image_dir: Path  # holds the manifest's files
+    manifest: Manifest
+    memory_mib: int
+    cpus: int
+    network: NetworkSpec | None  # None: no network card
+    state_disk: StateDisk | None = None
+    attach: DiskSnapshot | None = None  # through a throw-away overlay: the guest may write, the snapshot never changes
+
+    def __post_init__(self) -> None:
+        if self.state_disk is not None and self.attach is not None:
+            raise BadInputError(f"machine {self.owner.name}: a state disk and a snapshot both want the second disk")
+        if not (MIN_MEMORY_MIB <= self.memory_mib <= MAX_MEMORY_MIB and 1 <= self.cpus <= MAX_CPUS):
+            raise BadInputError(f"machine {self.owner.name}: {self.memory_mib} MiB, {self.cpus} CPUs: out of bounds")
+        if self.state_disk is not None and not MIN_DISK_MIB <= self.state_disk.size_mib <= MAX_DISK_MIB:
+            raise BadInputError(
+                f"machine {self.owner.name}: state disk of {self.state_disk.size_mib} MiB: out of bounds"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over all but owner.operation: a machine that exists with another one is not this machine."""
+        doc = asdict(self)
+        doc["owner"].pop("operation")
+        if self.attach is not None:
+            doc["attach"] = self.attach.id
+        return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class MachineState(StrEnum):
+    """What the cloud says of the machine. Says nothing of what the guest does."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine as last seen."""
+
+    id: str  # driver's: libvirt UUID; pid and start time of a process
+    owner: Ownership
+    state: MachineState
+    channel: Path  # unix socket of the wormhole port on the cloud's host, bound by the machine's side
+    console: Path  # log file on the cloud's host
+    state_disk: Path | None  # what holds the state now, on the cloud's host
+    reference: Mapping[str, Any] = field(default_factory=dict)  # for the agent's `admit`, as seen on the cloud's host
+
+
+class OrphanKind(StrEnum):
+    """In the order in which they can be deleted."""
+
+    MACHINE = "machine"
+    SNAPSHOT = "snapshot"
+    DISK = "disk"  # files or volumes of a machine that is gone
+    NETWORK = "network"
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """An object that carries our complete tag set and that nobody knows."""
+
+    kind: OrphanKind
+    id: str
+    name: str
+    owner: Ownership | None  # None for a network
+
+
+@dataclass(frozen=True, slots=True)
+class CloudFacts:
+    """For `doctor`: what was found, in words."""
+
+    driver: str
+    uri: str
+    version: str
+    accelerator: str  # kvm | tcg | none
+    reason: str  # why that accelerator
+    isolated: bool
+    warning: str = ""
+
+
+class Cloud(ABC):
+    """One cloud of one operator. All methods: see the rules at the top of this module."""
+
+    driver: ClassVar[str]
+    isolated: ClassVar[bool]  # False: a machine shares kernel and user with us, so nothing contains an intruder
+
+    @abstractmethod
+    def facts(self) -> CloudFacts:
+        """Probe the cloud. TemporaryError or PermanentError with the next command if it cannot be reached."""
+
+    @abstractmethod
+    def ensure_network(self, deployment: str, network: NetworkSpec) -> None:
+        """Make and start the network, unless it is there.
+
+        RefusedError: a stranger's network of that name, or ours with another subnet; PermanentError: subnet in use.
+        """
+
+    @abstractmethod
+    def delete_network(self, deployment: str, name: str) -> None:
+        """Remove our network of that name; none is no error. RefusedError: a stranger's, or machines still use it."""
+
+    @abstractmethod
+    def create(self, spec: MachineSpec) -> Machine:
+        """Create and start the machine, unless one with this identity exists: that one is returned, in its state.
+
+        What a death in the middle of an earlier attempt left (files, a defined machine that never ran) is completed or
+        made anew. RefusedError: exists with another fingerprint, or a stranger wears its name; PermanentError: image
+        files are missing or unreadable to the hypervisor, no network of that name.
+        """
+
+    @abstractmethod
+    def find(self, owner: Ownership) -> Machine | None:
+        """The machine with that identity, in its present state, or None."""
+
+    @abstractmethod
+    def machines(self, deployment: str) -> Sequence[Machine]:
+        """All machines of the deployment, ordered by name. Strangers and incomplete tag sets are not among them."""
+
+    @abstractmethod
+    def start(self, machine: Machine) -> Machine:
+        """Boot a stopped machine again, on its own disks. A running one is returned. TemporaryError if it is gone."""
+
+    @abstractmethod
+    def pause(self, machine: Machine) -> Machine:
+        """Halt its processors at once; memory and disks stay. PermanentError if it is gone or stopped."""
+
+    @abstractmethod
+    def resume(self, machine: Machine) -> Machine:
+        """Undo `pause`. A running machine is returned. PermanentError if it is gone or stopped."""
+
+    @abstractmethod
+    def stop(self, machine: Machine) -> Machine:
+        """Cut its power, without asking the guest. Disks stay. PermanentError if it is gone."""
+
+    @abstractmethod
+    def destroy(self, machine: Machine) -> None:
+        """Remove it with its disks, channel socket and log; its snapshots stay. One that is gone is no error.
+
+        Also clears what a half-made machine of that identity left.
+        """
+
+    @abstractmethod
+    def snapshot(self, machine: Machine) -> DiskSnapshot:
+        """Freeze the state disk of a paused or stopped machine as a snapshot; the machine could go on on top of it.
+
+        One snapshot a machine: repeated, the first is returned. PermanentError: running, gone, or without state disk.
+        """
+
+    @abstractmethod
+    def snapshots(self, deployment: str) -> Sequence[DiskSnapshot]:
+        """All snapshots of the deployment, ordered by their owners' names."""
+
+    @abstractmethod
+    def delete_snapshot(self, snapshot: DiskSnapshot) -> None:
+        """Remove it; one that is gone is no error. RefusedError: not ours, or a machine still stands on it."""
+
+    @abstractmethod
+    def attach(self, machine: Machine, snapshot: DiskSnapshot) -> Machine:
+        """Give a running machine the snapshot as its second disk, through a throw-away overlay. Repetition is no error.
+
+        PermanentError: not running, gone, or the snapshot is gone; RefusedError: it has another second disk.
+        """
+
+    @abstractmethod
+    def orphans(
+        self,
+        deployment: str,
+        known: Collection[Ownership],
+        *,
+        evidence: Collection[Ownership] = (),
+        networks: Collection[str] = (),
+    ) -> Sequence[Orphan]:
+        """What the deployment has here beyond machines (with disks) of `known`, snapshots of `evidence`, `networks`.
+
+        Compared by identity. In an order in which it can be deleted.
+        """
+
+    @abstractmethod
+    def sweep(self, deployment: str, orphans: Sequence[Orphan]) -> None:
+        """Delete those; each is looked up again and its tags are checked. RefusedError names what is not ours."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections. Machines go on. The object cannot be used again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
