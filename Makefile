@@ -1,0 +1,41 @@
+# The two commands: `make demo`, `make test`. Each sets up what it needs first (tools/bootstrap; a second run is quick).
+
+SHELL := /bin/sh
+BIN := .venv/bin
+# Building images and running machines needs root; nothing else does. Root leaves no caches behind in the work tree.
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE=1
+JOBS := 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint unit vm clean
+
+help:
+	@echo 'make demo    the whole story on real machines, then a summary'
+	@echo 'make test    linters, types, unit tests, simulation, tests on real machines'
+	@echo 'make lint | unit | vm    the parts of make test'
+	@echo 'make setup   only install what is needed'
+	@echo 'make clean   remove .venv and caches'
+
+setup:
+	@tools/bootstrap
+
+demo: setup
+	$(AS_ROOT) $(BIN)/cloudfit demo
+
+test: lint unit vm
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/pytest -n $(JOBS) -m 'not vm and not image'
+
+vm: setup
+	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m 'vm or image'
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	find cloudfit_orchestrator tests images -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
