@@ -1,0 +1,1 @@
+"""Trusted CONFIG STORAGE: the signed, hash-chained sequence of configuration records of each group."""
