@@ -75,7 +75,7 @@ def test_broad_excepts_are_at_boundaries() -> None:
             broad = isinstance(node, ast.ExceptHandler) and (
                 node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"}
             )
-            if broad:
+            if broad and ast.unparse(node.body[-1]) != "raise":  # cleaning up and passing on hides nothing
                 found.setdefault(name_of(path), []).append(node.lineno)
     unexplained = {name: lines for name, lines in found.items() if name not in BROAD_EXCEPTS}
     assert not unexplained, f"catch what can be raised, or say in BROAD_EXCEPTS which boundary it is: {unexplained}"
