@@ -8,7 +8,7 @@ whatever its history. Buckets are shared between a store, its forks and its snap
 # ruff: noqa: SLF001  (the classes of this module share one secret)
 
 import struct
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -186,14 +186,25 @@ class StateStore:
             del self._keys[bisect_left(self._keys, key)]
         return True
 
-    def items(self, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """Entries whose key begins with `prefix`, in key order, as they were when the iteration began."""
+    def items(self, prefix: bytes = b"", after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Entries whose key begins with `prefix` (and is above `after`), in key order.
+
+        The keys are those of when the iteration began; one that was deleted since is left out.
+        """
         if self._keys is None:
             self._keys = sorted(key for bucket in self._buckets for key in bucket)
         keys = self._keys
         start = bisect_left(keys, prefix)
         end = bisect_left(keys, prefix + b"\xff" * (MAX_KEY + 1 - len(prefix)), lo=start)
-        return iter([(key, self._buckets[bucket_of(key)][key]) for key in keys[start:end]])
+        if after is not None:
+            start = max(start, bisect_right(keys, after))
+        return self._present(keys[start:end])
+
+    def _present(self, keys: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        for key in keys:
+            value = self.get(key)
+            if value is not None:
+                yield key, value
 
     def root(self) -> bytes:
         """The digest of the whole state, 32 bytes. Costs the size of the changed buckets."""
@@ -275,8 +286,8 @@ class _ServiceView(StateStore):
     def delete(self, key: bytes) -> bool:
         return self._store.delete(self._allowed(key))
 
-    def items(self, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        return (item for item in self._store.items(prefix) if not item[0].startswith(self.RESERVED))
+    def items(self, prefix: bytes = b"", after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        return (item for item in self._store.items(prefix, after) if not item[0].startswith(self.RESERVED))
 
     def root(self) -> bytes:
         raise RefusedError("a service does not see the state's digest")
