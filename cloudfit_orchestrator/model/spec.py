@@ -1,0 +1,75 @@
+"""A replica group as its owner wants it, checked and placed. `controller/spec.py` makes it from YAML."""
+
+from dataclasses import dataclass, field
+
+from cloudfit_orchestrator.model.record import Algorithm, Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class CloudSpec:
+    """One cloud of the group. `driver`: libvirt | process | openstack."""
+
+    name: str
+    driver: str
+    uri: str = ""  # libvirt only
+    network: str = ""  # CIDR for this deployment's network in that cloud; empty: a free one is chosen
+    agent_socket: str = ""  # of a running agent on that host; empty: the controller runs one itself (local clouds only)
+
+    @property
+    def local(self) -> bool:
+        """The machines run on this computer, so the controller can run the agent."""
+        return self.driver == "process" or "+ssh://" not in self.uri
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """When and how replicas are renewed."""
+
+    every_s: int | None = None  # no calendar if None
+    lease_s: int = 8 * 3600
+    on_suspicion: bool = False
+    keep_evidence: int = 3  # snapshots of old incarnations kept per group
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What each replica's machine gets."""
+
+    memory_mib: int = 384
+    cpus: int = 1
+    state_mib: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """A group: n replicas `r0` … `r(n-1)`, each on a cloud; at most f of them may be compromised or gone at a time."""
+
+    group: str
+    service: str
+    f: int
+    k: int
+    algorithm: Algorithm
+    clouds: tuple[CloudSpec, ...]
+    placement: tuple[tuple[str, str], ...]  # (replica, cloud), in the order of replicas
+    image: str  # a name in the image store, or name@sha256:…
+    allow_adversary: bool = False
+    adversary: tuple[str, ...] = ()  # replicas that boot the image `adversary`: tests and the demo only
+    recovery: Recovery = field(default_factory=Recovery)
+    protect: bool = False
+    sizes: Sizes = field(default_factory=Sizes)
+    parameters: Parameters = field(default_factory=Parameters)
+    not_tolerated: tuple[str, ...] = ()  # what the owner's own choices give up, in words
+
+    @property
+    def n(self) -> int:
+        """Number of replicas."""
+        return len(self.placement)
+
+    def cloud_of(self, replica: str) -> CloudSpec:
+        """The cloud that `replica` runs on. KeyError if there is no such replica."""
+        name = dict(self.placement)[replica]
+        return next(c for c in self.clouds if c.name == name)
+
+    def replicas_on(self, cloud: str) -> tuple[str, ...]:
+        """The replicas on that cloud, in order."""
+        return tuple(r for r, c in self.placement if c == cloud)

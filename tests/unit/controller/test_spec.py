@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from cloudfit_orchestrator.controller.spec import (
+    SpecError,
+    from_json,
+    json_schema,
+    parse_spec,
+    place,
+    read_spec,
+    to_json,
+)
+from cloudfit_orchestrator.model.errors import BadInputError
+
+GOOD = """\
+apiVersion: cloudfit/v1
+group: ledger
+service: kv
+f: 1
+clouds:
+  - {name: lisbon, libvirt: {uri: "qemu:///system", network: 10.84.3.0/24}}
+  - {name: passau, libvirt: {uri: "qemu+ssh://root@passau/system"}, agent: {socket: /run/cloudfit/agent.sock}}
+  - {name: ulm, process: {}}
+recovery: {every: 6h, lease: 8h, on_suspicion: true, keep_evidence: 3}
+"""
+
+
+def problems(text: str) -> list[tuple[int, int, str, str]]:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(text, "spec.yaml")
+    return [(p.line, p.column, p.message, p.hint) for p in caught.value.problems]
+
+
+def test_good_spec_is_checked_and_placed() -> None:
+    spec = parse_spec(GOOD, "spec.yaml")
+    assert (spec.n, spec.f, spec.k, spec.image) == (3, 1, 0, "replica")
+    assert spec.placement == (("r0", "lisbon"), ("r1", "passau"), ("r2", "ulm"))
+    assert spec.recovery.every_s == 6 * 3600
+    assert spec.cloud_of("r1").agent_socket == "/run/cloudfit/agent.sock"
+    assert [c.local for c in spec.clouds] == [True, False, True]
+    assert spec.not_tolerated == ()
+    assert from_json(to_json(spec)) == spec
+
+
+def test_all_mistakes_are_reported_at_once_with_positions() -> None:
+    text = """\
+apiVersion: cloudfit/v2
+grup: ledger
+service: kv
+f: 1
+f: 2
+replicas: 2
+algorithm: pbft
+clouds:
+  - {name: a, process: {}}
+  - {name: a, process: {}, libvirt: {uri: "qemu:///system"}}
+  - {name: b, libvirt: {url: x}}
+recovery: {every: 6 hours}
+adversary: [r9]
+"""
+    found = problems(text)
+    where = [(line, column) for line, column, _, _ in found]
+    assert where == sorted(where)
+    by_line = {line: (message, hint) for line, _, message, hint in found}
+    assert by_line[2] == ("unknown key 'grup'", "did you mean 'group'?")
+    assert by_line[5] == ("key 'f' stands here again", "first on line 4")
+    assert by_line[6] == ("2 replicas are too few for f=1, k=0", "at least 2f+k+1 = 3")
+    assert "pbft is not available" in by_line[7][0]
+    assert "a duration is" in by_line[12][0]
+    assert "allow_adversary" in by_line[13][1]
+    messages = [m for _, _, m, _ in found]
+    assert any("group is missing" in m for m in messages)
+    assert any("apiVersion" in m for m in messages)
+    assert ("unknown key 'url'", "did you mean 'uri'?") in [(m, h) for _, _, m, h in found]
+
+
+def test_cloud_mistakes() -> None:
+    text = """\
+apiVersion: cloudfit/v1
+group: g
+service: kv
+f: 1
+clouds:
+  - {name: a, libvirt: {uri: "qemu:///system", network: 10.84.0.0/23}}
+  - {name: a, libvirt: {uri: "qemu:///system", network: 10.84.1.0/24}}
+  - {name: b, libvirt: {uri: "qemu+ssh://h/system"}}
+  - {name: c}
+"""
+    found = problems(text)
+    assert [(line, column) for line, column, _, _ in found] == [(7, 12), (7, 55), (8, 5), (9, 5)]
+    assert "overlaps the network of 'a'" in found[1][2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("f: 1\nreplicas: 2", "2 replicas are too few for f=1, k=0"),
+        ("f: 1\nk: 1", "4 replicas do not fit on 3 clouds with at most 1 on each"),
+        ("f: 2", None),
+        ("f: 40", "needs 81 replicas, the limit is 64"),
+        ("f: -1", "f: Input should be greater than or equal to 0"),
+        ("f: '1'", "f: Input should be a valid integer"),
+        ("f: 1\nallow_adversary: true\nadversary: [r0, r1]", "2 adversaries, but f=1"),
+        ("f: 1\nallow_adversary: true\nadversary: [r3]", "there is no replica 'r3'"),
+        ("f: 1\nadversary: [r2]", "allow_adversary is not set"),
+    ],
+)
+def test_bound_is_refused_not_warned_about(change: str, message: str | None) -> None:
+    text = GOOD.replace("f: 1", change)
+    if message is None:
+        assert parse_spec(text, "x").n == 5
+    else:
+        assert any(message in m for _, _, m, _ in problems(text))
+
+
+def test_raising_the_limit_says_what_is_given_up() -> None:
+    spec = parse_spec(GOOD.replace("f: 1", "f: 1\nreplicas: 4\nplacement: {max_per_cloud: 2}"), "x")
+    assert spec.placement[3] == ("r3", "lisbon")
+    assert spec.not_tolerated == ("the loss of cloud 'lisbon': it holds 2 replicas, more than f=1",)
+
+
+def test_place_refuses_more_than_the_limit() -> None:
+    with pytest.raises(BadInputError, match="2 replicas on cloud 'a'"):
+        place(3, 1, ["a", "b"], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a spec is a mapping"),
+        ("- 1", "a spec is a mapping"),
+        ("a: [", "not YAML"),
+        ("a: &x 1\nb: *x", "anchors and aliases"),
+        ("a: 1\n---\nb: 2", "not YAML"),
+        ("a: !!python/object:os.system {}", "unknown key 'a'"),
+        ("[" * 5000, "not YAML"),
+        ("a: {" + "b: {" * 40 + "}" * 41, "nested deeper"),
+        ("? [1]\n: 2", "a key must be text"),
+        ("x: \x00", "not YAML"),
+        ("a: " + "x" * (300 << 10), "larger than"),
+    ],
+)
+def test_what_is_no_spec_is_said_with_a_position(text: str, message: str) -> None:
+    found = problems(text)
+    assert any(message in m for _, _, m, _ in found), found
+
+
+def test_unreadable_files_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="cannot read spec"):
+        read_spec(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"group: \xff")
+    with pytest.raises(BadInputError, match="not UTF-8"):
+        read_spec(tmp_path / "latin.yaml")
+
+
+def test_error_text_has_file_line_column_and_next_command() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(GOOD.replace("group:", "grop:"), "ledger.yaml")
+    assert "ledger.yaml:2:1: unknown key 'grop' (did you mean 'group'?)" in str(caught.value)
+    assert "next: correct ledger.yaml" in str(caught.value)
+
+
+def test_json_schema_names_every_key() -> None:
+    schema = json.loads(json.dumps(json_schema()))
+    assert {"apiVersion", "group", "clouds", "replicas", "adversary"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
