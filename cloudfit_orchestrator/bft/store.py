@@ -104,7 +104,7 @@ class Snapshot:
     __slots__ = ("_buckets", "chunk_hashes", "root")
 
     def __init__(self, buckets: tuple[_Bucket, ...], chunk_hashes: tuple[bytes, ...], root: bytes) -> None:
-        """Internal: use `StateStore.snapshot` or `from_chunks`."""
+        """For who has checked that `chunk_hashes` are those of `buckets` and make `root`; none may change any more."""
         self._buckets = buckets
         self.chunk_hashes = chunk_hashes
         self.root = root
