@@ -23,7 +23,7 @@ API_VERSION = "cloudfit/v1"
 _DURATION = re.compile(r"(\d{1,6})([smhd])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$")]
 Small = Annotated[int, Field(strict=True, ge=0, le=MAX_MEMBERS)]
 
 

@@ -50,20 +50,32 @@ def load(text: str) -> Document:
         document.problems.append(Problem(1, 1, f"the spec is larger than {MAX_SPEC_BYTES} bytes"))
         return document
     try:
-        aliases = [e for e in yaml.parse(text, yaml.SafeLoader) if getattr(e, "anchor", None)]
-        for event in aliases:
-            document.problems.append(_problem(event.start_mark, "anchors and aliases are not allowed", "write it out"))
-        node = None if aliases else yaml.compose(text, yaml.SafeLoader)
+        document.problems += _forbidden_events(text)
+        node = None if document.problems else yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         what = ", ".join(x for x in (error.context, error.problem) if x)
         document.problems.append(_problem(error.problem_mark or error.context_mark, f"not YAML: {what}"))
         return document
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         document.problems.append(Problem(1, 1, f"not YAML: {error}"))
         return document
     if node is not None:
         document.data = _Builder(document).build(node, ())
     return document
+
+
+def _forbidden_events(text: str) -> list[Problem]:
+    """Anchors, aliases, and nesting that is too deep; looked for before any tree is built."""
+    found: list[Problem] = []
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if getattr(event, "anchor", None):
+            found.append(_problem(event.start_mark, "anchors and aliases are not allowed", "write it out"))
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            return [*found, _problem(event.start_mark, f"nested deeper than {MAX_DEPTH}")]
+    return found
 
 
 def _problem(mark: Any, message: str, hint: str = "") -> Problem:
@@ -77,9 +89,6 @@ class _Builder:
 
     def build(self, node: yaml.Node, path: Path) -> Any:
         self._out.values[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
-        if len(path) > MAX_DEPTH:
-            self._out.problems.append(_problem(node.start_mark, f"nested deeper than {MAX_DEPTH}"))
-            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

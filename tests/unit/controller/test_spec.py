@@ -89,7 +89,7 @@ clouds:
   - {name: c}
 """
     found = problems(text)
-    assert [(line, column) for line, column, _, _ in found] == [(7, 12), (7, 55), (8, 5), (9, 5)]
+    assert [(line, column) for line, column, _, _ in found] == [(7, 12), (7, 57), (8, 5), (9, 5)]
     assert "overlaps the network of 'a'" in found[1][2]
 
 
@@ -135,7 +135,7 @@ def test_place_refuses_more_than_the_limit() -> None:
         ("a: &x 1\nb: *x", "anchors and aliases"),
         ("a: 1\n---\nb: 2", "not YAML"),
         ("a: !!python/object:os.system {}", "unknown key 'a'"),
-        ("[" * 5000, "not YAML"),
+        ("[" * 5000, "nested deeper"),
         ("a: {" + "b: {" * 40 + "}" * 41, "nested deeper"),
         ("? [1]\n: 2", "a key must be text"),
         ("x: \x00", "not YAML"),
