@@ -64,8 +64,8 @@ class Ownership:
 
     @property
     def name(self) -> str:
-        """A readable name for people. Not unique (names may hold dashes), never used to identify."""
-        return f"{self.deployment}-{self.group}-{self.replica}-{self.incarnation}-{self.role.value}"
+        """A name for people, unique by its last part (names may hold dashes). Never used to identify."""
+        return f"{self.deployment}-{self.group}-{self.replica}-{self.incarnation}-{self.role.value}-{self.key[:8]}"
 
     @property
     def key(self) -> str:
@@ -113,8 +113,9 @@ class StateDisk:
 class DiskSnapshot:
     """A machine's state disk as it was. Never written again; outlives its machine until `delete_snapshot`."""
 
-    id: str  # driver's
+    id: str  # driver's; the same for the same machine and operation
     owner: Ownership  # of the machine it was taken from
+    operation: str  # the journal operation that took it
     path: Path  # on the cloud's host; under the process driver a directory
     format: str  # raw | qcow2 | directory
     taken_at: str  # RFC 3339, information only
@@ -229,11 +230,11 @@ class Cloud(ABC):
 
     @abstractmethod
     def create(self, spec: MachineSpec) -> Machine:
-        """Create and start the machine, unless one with this identity exists: that one is returned, in its state.
+        """Create and start the machine, unless one with this identity exists: that one is returned, paused or running.
 
         What a death in the middle of an earlier attempt left (files, a defined machine that never ran) is completed or
-        made anew. RefusedError: exists with another fingerprint, or a stranger wears its name; PermanentError: image
-        files are missing or unreadable to the hypervisor, no network of that name.
+        made anew; one that is stopped is started. RefusedError: exists with another fingerprint, or a stranger wears
+        its name; PermanentError: image files are missing or unreadable to the hypervisor, no network of that name.
         """
 
     @abstractmethod
@@ -242,7 +243,10 @@ class Cloud(ABC):
 
     @abstractmethod
     def machines(self, deployment: str) -> Sequence[Machine]:
-        """All machines of the deployment, ordered by name. Strangers and incomplete tag sets are not among them."""
+        """All machines of the deployment on this host, ordered by name; none with an incomplete tag set.
+
+        Clouds that share a host see each other's machines.
+        """
 
     @abstractmethod
     def start(self, machine: Machine) -> Machine:
@@ -268,10 +272,10 @@ class Cloud(ABC):
         """
 
     @abstractmethod
-    def snapshot(self, machine: Machine) -> DiskSnapshot:
-        """Freeze the state disk of a paused or stopped machine as a snapshot; the machine could go on on top of it.
+    def snapshot(self, machine: Machine, operation: str) -> DiskSnapshot:
+        """Freeze the state disk of a paused or stopped machine as a snapshot; the machine may go on on top of it.
 
-        One snapshot a machine: repeated, the first is returned. PermanentError: running, gone, or without state disk.
+        One a machine and operation: repeated, the first is returned. PermanentError: running, gone, no state disk.
         """
 
     @abstractmethod
@@ -300,7 +304,8 @@ class Cloud(ABC):
     ) -> Sequence[Orphan]:
         """What the deployment has here beyond machines (with disks) of `known`, snapshots of `evidence`, `networks`.
 
-        Compared by identity. In an order in which it can be deleted.
+        Compared by identity. In an order in which it can be deleted. The arguments are of the whole deployment, not
+        of one cloud: clouds may share a host.
         """
 
     @abstractmethod
