@@ -1,0 +1,1 @@
+"""The secure image launcher: builds, signs and verifies the images that machines boot."""

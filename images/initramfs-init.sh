@@ -1,0 +1,37 @@
+#!/bin/busybox sh
+# First process: load the modules, open the root through dm-verity, hand over to the root's own init.
+# Whatever fails ends the machine: there is no shell to fall back to.
+export PATH=/bin:/sbin
+
+fail() {
+    echo "cloudfit: initramfs: $1" > /dev/console
+    poweroff -f
+}
+
+mount -t proc proc /proc || fail "cannot mount /proc"
+mount -t sysfs sysfs /sys || fail "cannot mount /sys"
+mount -t devtmpfs devtmpfs /dev || fail "cannot mount /dev"
+
+while read -r module; do
+    # A driver for a CPU feature that is not there refuses to load; what is really missing shows below.
+    insmod "/modules/$module" 2> /dev/null || echo "cloudfit: initramfs: $module not loaded" > /dev/kmsg
+done < /modules/order
+
+verity=
+for word in $(cat /proc/cmdline); do
+    case $word in
+        cloudfit.verity=*) verity=${word#cloudfit.verity=} ;;
+    esac
+done
+# data blocks, first block of the hash tree, root hash, salt
+IFS=, read -r blocks start root salt <<END
+$verity
+END
+[ -n "$salt" ] || fail "the command line has no cloudfit.verity=BLOCKS,START,ROOT,SALT"
+[ -b /dev/vda ] || fail "no disk /dev/vda"
+
+table="0 $((blocks * 8)) verity 1 /dev/vda /dev/vda 4096 4096 $blocks $start sha256 $root $salt 1 panic_on_corruption"
+dmsetup create root --readonly --noudevsync --noudevrules --table "$table" || fail "dm-verity refuses the root"
+mount -t erofs -o ro /dev/dm-0 /root || fail "cannot mount the root"
+umount /dev /sys /proc
+exec switch_root /root /usr/lib/cloudfit/init
