@@ -1,0 +1,224 @@
+"""The guest's end of the wormhole channel (model/channel.py): pipelined requests, and pushes from the agent."""
+
+import asyncio
+import json
+import os
+import secrets
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cloudfit_orchestrator.guest.ports import FIRST_WAIT_S, LAST_WAIT_S, Port
+from cloudfit_orchestrator.model.channel import MAX_AGENT_FRAME, ErrorCode, FrameKind, FrameReader, frame, hello
+from cloudfit_orchestrator.model.errors import BadError, RefusedError, UnknownError
+
+MAX_OUTSTANDING = 1024  # requests; a replica has at most 64 UIs and a few signatures per slot under way
+GREETING_TIMEOUT_S = 5.0  # an agent that holds the port but does not greet is asked again
+_READ_BYTES = 256 << 10
+_ANSWERS = {
+    FrameKind.OPEN_SESSION: FrameKind.SESSION,
+    FrameKind.CREATE_UI: FrameKind.UI_CERT,
+    FrameKind.RECENT: FrameKind.RECENT_UIS,
+    FrameKind.SIGN: FrameKind.SIGNATURE,
+    FrameKind.ISSUE: FrameKind.CERTIFICATE,
+    FrameKind.END_EPOCH: FrameKind.EPOCH_END,
+    FrameKind.REPORT: FrameKind.OK,
+}
+
+
+class ChannelLostError(UnknownError):
+    """The connection to the wormhole ended before the answer came: whether it was carried out is unknown."""
+
+
+class WormholeRefusedError(RefusedError):
+    """The wormhole answered ERROR."""
+
+    def __init__(self, code: int, text: str) -> None:
+        """`code`: an ErrorCode, or a number that this version does not know."""
+        super().__init__(f"the wormhole refused: {text} (code {code})")
+        self.code = next((known for known in ErrorCode if known == code), ErrorCode.FORBIDDEN)
+
+
+@dataclass
+class Handlers:
+    """What the channel calls, always in the event loop and never re-entrantly from `request`."""
+
+    opened: Callable[[dict[str, Any]], None]  # after each greeting, with the WELCOME; earlier sessions are void
+    lost: Callable[[], None]
+    record: Callable[[bytes], None]
+    command: Callable[[dict[str, Any]], None]
+
+
+class Channel:
+    """One connection at a time, made again for ever. Run `run()` as a task."""
+
+    def __init__(self, port: Port, handlers: Handlers) -> None:
+        """Nothing happens before `run`."""
+        self._port = port
+        self._handlers = handlers
+        self._waiting: deque[tuple[int, FrameKind, asyncio.Future[bytes]]] = deque()
+        self._stream: _FdStream | None = None
+        self._last_request = 0
+        self.counters: Counter[str] = Counter()
+
+    @property
+    def is_open(self) -> bool:
+        """Greeted, and not lost since."""
+        return self._stream is not None
+
+    def request(self, kind: FrameKind, body: bytes = b"") -> "asyncio.Future[bytes]":
+        """Send a request now; the future gives the body of its answer.
+
+        It fails with WormholeRefusedError or ChannelLostError.
+        """
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        if self._stream is None or len(self._waiting) >= MAX_OUTSTANDING:
+            future.set_exception(ChannelLostError("the wormhole's channel is not open, or too much is under way"))
+            return future
+        self._last_request = self._last_request % 0xFFFFFFFF + 1
+        self._waiting.append((self._last_request, kind, future))
+        self._stream.write(frame(kind, self._last_request, body))
+        return future
+
+    async def run(self) -> None:
+        """Open, greet, read; again after each loss, with a bounded back-off. Ends only when cancelled."""
+        wait_s = FIRST_WAIT_S
+        while True:
+            stream = _FdStream(await self._port.open())
+            try:
+                await self._serve(stream)
+            except (BadError, OSError, TimeoutError, EOFError) as error:
+                self.counters[f"lost: {type(error).__name__}"] += 1
+            finally:
+                greeted = self._stream is not None
+                stream.close()
+                self._forget()
+            wait_s = FIRST_WAIT_S if greeted else min(2 * wait_s, LAST_WAIT_S)
+            await asyncio.sleep(wait_s)
+
+    async def _serve(self, stream: "_FdStream") -> None:
+        greeting = secrets.randbelow(0xFFFFFFFF) + 1
+        reader = FrameReader(MAX_AGENT_FRAME, welcome=greeting)
+        stream.write(hello(greeting))
+        deadline = asyncio.get_running_loop().time() + GREETING_TIMEOUT_S
+        while True:
+            async with asyncio.timeout_at(None if self._stream else deadline):
+                data = await stream.read()
+            for kind, request, body in reader.feed(data):
+                if self._stream is None:
+                    welcome = _json(body)
+                    self._stream = stream
+                    self._handlers.opened(welcome)
+                else:
+                    self._frame(kind, request, body)
+
+    def _frame(self, kind: int, request: int, body: bytes) -> None:
+        if request == 0:
+            if kind == FrameKind.RECORD:
+                self._handlers.record(body)
+            elif kind == FrameKind.COMMAND:
+                self._handlers.command(_json(body))
+            else:
+                self.counters["unknown push"] += 1
+            return
+        if not self._waiting or self._waiting[0][0] != request:
+            raise BadError(f"the wormhole answered request {request}, which is not the oldest one open")
+        _, asked, future = self._waiting.popleft()
+        if future.done():
+            return
+        if kind == FrameKind.ERROR and len(body) >= 2:
+            code = int.from_bytes(body[:2], "big")
+            future.set_exception(WormholeRefusedError(code, body[2:].decode("utf-8", "replace")))
+        elif kind == _ANSWERS[asked]:
+            future.set_result(body)
+        else:
+            future.set_exception(ChannelLostError(f"the wormhole answered {asked.name} with kind {kind}"))
+            raise BadError(f"the wormhole answered {asked.name} with kind {kind}")
+
+    def _forget(self) -> None:
+        was_open, self._stream = self._stream is not None, None
+        waiting, self._waiting = self._waiting, deque()
+        for _, kind, future in waiting:
+            if not future.done():
+                future.set_exception(ChannelLostError(f"the channel was lost before the wormhole answered {kind.name}"))
+        if was_open:
+            self._handlers.lost()
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        doc = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadError(f"the wormhole sent what is not JSON: {error}") from error
+    if not isinstance(doc, dict):
+        raise BadError("the wormhole sent JSON that is not an object")
+    return doc
+
+
+class _FdStream:
+    """Reads and writes a non-blocking descriptor of any kind that can be polled (asyncio's pipes refuse some)."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._loop = asyncio.get_running_loop()
+        self._out = bytearray()
+        self._reader: asyncio.Future[None] | None = None
+        self._scheduled = False
+
+    async def read(self) -> bytes:
+        """Some bytes. Raises EOFError at the end, OSError."""
+        while True:
+            try:
+                data = os.read(self._fd, _READ_BYTES)
+            except (BlockingIOError, InterruptedError):
+                await self._readable()
+                continue
+            if not data:
+                raise EOFError("the host closed the channel")
+            return data
+
+    def write(self, data: bytes) -> None:
+        """Queue; what one loop iteration queues goes out together. Errors show in `read`."""
+        self._out += data
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+        self._out.clear()
+
+    async def _readable(self) -> None:
+        future = self._loop.create_future()
+        self._loop.add_reader(self._fd, _resolve, future)
+        try:
+            await future
+        finally:
+            if self._fd >= 0:
+                self._loop.remove_reader(self._fd)
+
+    def _flush(self) -> None:
+        if self._fd < 0 or not self._out:
+            self._scheduled = False
+            return
+        try:
+            del self._out[: os.write(self._fd, self._out)]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._out.clear()  # the reading side sees the same loss
+        if self._out:
+            self._loop.add_writer(self._fd, self._flush)
+        else:
+            self._loop.remove_writer(self._fd)
+            self._scheduled = False
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
