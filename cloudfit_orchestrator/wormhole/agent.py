@@ -1,0 +1,240 @@
+"""The agent: table, channels and reports together, and the controller's orders on them (docs/contracts.md)."""
+
+import asyncio
+import base64
+import datetime as dt
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cloudfit_orchestrator.model.clock import Clock
+from cloudfit_orchestrator.model.envelope import key_id
+from cloudfit_orchestrator.model.errors import BadError, BadInputError, RefusedError
+from cloudfit_orchestrator.model.image import (
+    LaunchCertificate,
+    Manifest,
+    Role,
+    manifest_digest,
+    open_manifest,
+    seal_launch,
+)
+from cloudfit_orchestrator.model.signing import public_bytes
+from cloudfit_orchestrator.wormhole.channel import Channel
+from cloudfit_orchestrator.wormhole.guests import Guest, Table
+from cloudfit_orchestrator.wormhole.identity import Identity
+from cloudfit_orchestrator.wormhole.kss import ChannelCA, Lease
+from cloudfit_orchestrator.wormhole.measure import NO_IMAGE, Measured, measure_libvirt, measure_process
+from cloudfit_orchestrator.wormhole.reports import Reports
+from cloudfit_orchestrator.wormhole.requests import Desk
+from cloudfit_orchestrator.wormhole.throttle import TokenBucket
+
+MAX_MEASURING = 2  # at a time: each reads a whole image
+
+
+class BoottimeClock:
+    """Counts suspend, so that a lease does not outlast a sleeping host."""
+
+    def now_s(self) -> float:
+        """Seconds since the host booted."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRef:
+    """Which machine to admit: a libvirt domain (uri, uuid) or a local process (pid, socket)."""
+
+    driver: str
+    uri: str = ""
+    uuid: str = ""
+    pid: int = 0
+    socket: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """An `admit` order. `manifest`: envelope; empty for a process without an image."""
+
+    identity: Identity
+    role: Role
+    machine: MachineRef
+    manifest: bytes
+    allow_adversary: bool
+    lease_s: float
+    welcome: dict[str, Any]
+
+
+class Agent:
+    """All state of one agent, in memory only. Methods run on the event loop, measuring in threads."""
+
+    def __init__(
+        self,
+        name: str,
+        identity_key: Ed25519PrivateKey,
+        *,
+        controller_keys: list[bytes],
+        image_keys: list[bytes],
+        clock: Clock | None = None,
+        bucket: tuple[float, float] | None = None,
+    ) -> None:
+        """`bucket`: rate in tokens a second and burst of each guest, for tests."""
+        self.name = name
+        self.key = public_bytes(identity_key)
+        self._identity_key = identity_key
+        self._image_keys = image_keys
+        self._clock = clock or BoottimeClock()
+        self._bucket = bucket
+        self.table = Table(controller_keys)
+        self.reports = Reports()
+        self.counters: Counter[str] = Counter()
+        self._channels: dict[Identity, tuple[Channel, asyncio.Task[None]]] = {}
+        self._measuring = asyncio.Semaphore(MAX_MEASURING)
+
+    async def admit(self, order: Admission) -> bytes:
+        """The launch certificate's envelope. Raises BadError if the image or the machine is not what is signed."""
+        manifest = self._manifest(order)
+        image = manifest_digest(order.manifest) if manifest else NO_IMAGE
+        machine = _machine_id(order.machine)
+        found = self.table.check_admission(order.identity, machine, image)
+        if found is not None:
+            return found.launch
+        started_s = self._clock.now_s()
+        async with self._measuring:
+            measured = await asyncio.to_thread(_measure, order.machine, manifest)
+        if measured.machine != machine:
+            raise BadError(f"domain definition: machine {machine} calls itself {measured.machine}")
+        found = self.table.check_admission(order.identity, machine, image)
+        if found is not None:  # the same order came twice, and the other was measured first
+            return found.launch
+        guest = self._guest(order, measured, image, started_s)
+        self.table.admit(guest)
+        self._serve(guest, measured.channel)
+        return guest.launch
+
+    def _manifest(self, order: Admission) -> Manifest | None:
+        if not order.manifest and order.machine.driver == "process":
+            return None
+        manifest = open_manifest(order.manifest, self._image_keys)
+        if manifest.role is not order.role:
+            raise BadError(f"manifest: image {manifest.name} is for a {manifest.role} machine, not a {order.role}")
+        if manifest.adversary and not order.allow_adversary:
+            raise RefusedError(
+                f"image {manifest.name} is an adversary variant", next_command="set allow_adversary: true in the spec"
+            )
+        return manifest
+
+    def _guest(self, order: Admission, measured: Measured, image: str, started_s: float) -> Guest:
+        ca = ChannelCA(str(order.identity))
+        certificate = LaunchCertificate(
+            group=order.identity.group,
+            replica=order.identity.replica,
+            incarnation=order.identity.incarnation,
+            role=order.role,
+            image=image,
+            domain=measured.domain,
+            machine=measured.machine,
+            agent=key_id(self.key),
+            isolated=measured.isolated,
+            channel_ca=base64.b64encode(ca.certificate).decode(),
+            measured_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        )
+        return Guest(
+            identity=order.identity,
+            role=order.role,
+            machine=measured.machine,
+            image=image,
+            launch=seal_launch(certificate, self._identity_key),
+            lease=Lease(started_s, order.lease_s),
+            ca=ca,
+            welcome=order.welcome,
+        )
+
+    def _serve(self, guest: Guest, path: str) -> None:
+        desk = Desk(guest, self.table, self._clock, self._keep_report)
+        if self._bucket is None:
+            bucket = TokenBucket(self._clock)
+        else:
+            bucket = TokenBucket(self._clock, rate_per_s=self._bucket[0], burst=self._bucket[1])
+        channel = Channel(path, guest, self.table, desk, bucket)
+        task = asyncio.create_task(channel.run(), name=f"channel {guest.identity}")
+        self._channels[guest.identity] = (channel, task)
+
+    def _keep_report(self, guest: Identity, topic: str, body: dict[str, Any], size: int) -> None:
+        self.counters["reports"] += 1
+        self.counters["reports-dropped"] += self.reports.add(guest, topic, body, size)
+
+    def install(self, group: str, envelope: bytes) -> None:
+        """Take a record and push it to the guests that it concerns."""
+        if self.table.install(group, envelope) is not None:
+            for guest in self.table.of_group(group):
+                self._channels[guest.identity][0].push_records()
+
+    def command(self, identity: Identity, body: dict[str, Any]) -> None:
+        """Push a command to one guest, as soon as it has greeted."""
+        self.table.command(identity, body)
+        self._channels[identity][0].push_commands()
+
+    async def evict(self, identity: Identity) -> None:
+        """Destroy the guest's keys and let go of its channel."""
+        self.table.evict(identity)
+        self.reports.forget(identity)
+        channel, task = self._channels.pop(identity, (None, None))
+        if channel is not None and task is not None:
+            self.counters.update(channel.counters)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Evict everybody."""
+        for guest in self.table:
+            await self.evict(guest.identity)
+
+    def status(self) -> dict[str, Any]:
+        """Figures for the controller; no key material."""
+        counters = Counter(self.counters)
+        for channel, _ in self._channels.values():
+            counters.update(channel.counters)
+        return {
+            "agent": self.name,
+            "key": base64.b64encode(self.key).decode(),
+            "guests": [self._guest_status(guest) for guest in self.table],
+            "groups": {
+                group: {
+                    "active": held.active.record.c if held.active else None,
+                    "prepared": held.prepared.record.c if held.prepared else None,
+                }
+                for group, held in self.table.groups().items()
+            },
+            "counters": dict(counters),
+        }
+
+    def _guest_status(self, guest: Guest) -> dict[str, Any]:
+        channel = self._channels[guest.identity][0]
+        return {
+            "group": guest.identity.group,
+            "replica": guest.identity.replica,
+            "incarnation": guest.identity.incarnation,
+            "role": guest.role.value,
+            "machine": guest.machine,
+            "image": guest.image,
+            "connected": channel.connected,
+            "greeted": channel.greeted,
+            "retired": guest.retired,
+            "lease_left_s": round(guest.lease.left_s(self._clock.now_s()), 1),
+            "epochs": [{"c": e.c, "state": e.state.value, "cv": e.cv} for e in guest.epochs.values()],
+            "counters": dict(channel.counters),
+        }
+
+
+def _machine_id(machine: MachineRef) -> str:
+    return machine.uuid if machine.driver == "libvirt" else f"process-{machine.pid}"
+
+
+def _measure(machine: MachineRef, manifest: Manifest | None) -> Measured:
+    if machine.driver == "process":
+        return measure_process(machine.pid, machine.socket)
+    if manifest is None:
+        raise BadInputError("a libvirt machine needs an image manifest")
+    return measure_libvirt(machine.uri, machine.uuid, manifest)
