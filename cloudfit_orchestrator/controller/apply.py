@@ -1,0 +1,151 @@
+"""`group apply`: from a spec to a serving group, journalled and idempotent; side by side over the clouds.
+
+Order: network, image verification (SIL) and agent of each cloud; machines created and admitted; the first
+configuration, exactly like every later one. Killed anywhere, run again, it ends in the same place.
+"""
+
+from dataclasses import dataclass
+
+from cloudfit_orchestrator.controller import spec as spec_file
+from cloudfit_orchestrator.controller.configure import Configurer, Seat
+from cloudfit_orchestrator.controller.journal import GroupState, Operation
+from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch
+from cloudfit_orchestrator.controller.parallel import each
+from cloudfit_orchestrator.controller.ports import Agent, Context, Image, Progress
+from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
+from cloudfit_orchestrator.model.record import ConfigRecord, Member, check_confirmations, open_record
+from cloudfit_orchestrator.model.signing import Ed25519Verifier
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
+
+ADVERSARY_IMAGE = "adversary"
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What `apply` found or did."""
+
+    group: str
+    changed: bool
+    c: int
+    members: tuple[Member, ...]
+
+
+def check_drivers(spec: GroupSpec) -> None:
+    """Raises PermanentError for a cloud whose driver is not there, before anything is touched."""
+    missing = [c.name for c in spec.clouds if c.driver not in ("libvirt", "process")]
+    if missing:
+        raise PermanentError(
+            f"group {spec.group}: clouds {', '.join(missing)} need the openstack driver, which is not there yet",
+            next_command="use libvirt or process clouds",
+        )
+
+
+def image_of(context: Context, spec: GroupSpec, replica: str) -> Image:
+    """The verified image that `replica` boots: the SIL's verdict comes before any cloud call."""
+    reference = ADVERSARY_IMAGE if replica in spec.adversary else spec.image
+    return context.images.verified(reference, spec.cloud_of(replica).driver, allow_adversary=spec.allow_adversary)
+
+
+def draft_record(
+    context: Context,
+    spec: GroupSpec,
+    base: ConfigRecord | None,
+    *,
+    c: int,
+    members: tuple[Member, ...],
+    previous: bytes,
+) -> ConfigRecord:
+    """The PREPARED record of configuration c."""
+    return ConfigRecord(
+        group=spec.group,
+        c=c,
+        base=base.c if base else None,
+        members=members,
+        clients=base.clients if base else context.clients,
+        service=spec.service,
+        f=spec.f,
+        k=spec.k,
+        algorithm=spec.algorithm,
+        parameters=spec.parameters,
+        previous=previous,
+    )
+
+
+def apply(context: Context, spec: GroupSpec) -> Applied:
+    """Make the group be as `spec` says. Raises RefusedError if it exists and differs."""
+    check_drivers(spec)
+    text, known = spec_file.to_json(spec), context.journal.group(spec.group)
+    if known is not None and known.spec != text:
+        raise RefusedError(
+            f"group {spec.group} exists with another spec; changing a group is not there yet",
+            next_command=f"cloudfit group show {spec.group}, or cloudfit group destroy {spec.group} first",
+        )
+    if known is not None and known.state is GroupState.ACTIVE:
+        return _unchanged(context, spec)
+    if known is not None and known.state is GroupState.DESTROYING:
+        raise RefusedError(
+            f"group {spec.group} is being destroyed", next_command=f"cloudfit group destroy {spec.group}"
+        )
+    images = {r: image_of(context, spec, r) for r, _ in spec.placement}  # before anything is written or made
+    if known is None:
+        context.journal.put_group(spec.group, GroupState.APPLYING, text)
+    operation = context.journal.open_operation("apply", spec.group, "", {})
+    launched = _launch_all(context, operation, spec, images)
+    seats = [seat(found, agent) for found, agent in launched]
+    configurer = Configurer(
+        context,
+        operation,
+        seats,
+        lambda c, members, previous: draft_record(context, spec, None, c=c, members=members, previous=previous),
+    )
+    record = configurer.run()
+    context.journal.put_group(spec.group, GroupState.ACTIVE)
+    operation.close({"c": record.c})
+    return Applied(spec.group, changed=True, c=record.c, members=record.members)
+
+
+def seat(launched: Launched, agent: Agent) -> Seat:
+    """The member-to-be that a launched machine is."""
+    row = launched.row
+    return Seat(
+        row.replica, row.incarnation, row.cloud, row.address, launched.channel_ca, launched.certificate.image,
+        launched.launch_digest, agent,
+    )  # fmt: skip
+
+
+def _unchanged(context: Context, spec: GroupSpec) -> Applied:
+    operation = context.journal.open_of(spec.group)
+    if operation is not None and operation.kind == "apply":  # died between the last two writes
+        operation.close({})
+    record = active_record(context, spec.group)
+    return Applied(spec.group, changed=False, c=record.c, members=record.members)
+
+
+def active_record(context: Context, group: str) -> ConfigRecord:
+    """The verified ACTIVE record of `group`. Raises PermanentError if there is none."""
+    envelope = context.store.active(group)
+    if envelope is None:
+        raise PermanentError(f"group {group} has no ACTIVE configuration", next_command="cloudfit group list")
+    record = open_record(envelope, context.trusted)
+    check_confirmations(record, Ed25519Verifier())
+    return record
+
+
+def _launch_all(
+    context: Context, operation: Operation, spec: GroupSpec, images: dict[str, Image]
+) -> list[tuple[Launched, Agent]]:
+    used = [c for c in spec.clouds if spec.replicas_on(c.name)]
+
+    def on_cloud(cloud: CloudSpec) -> list[tuple[Launched, Agent]]:
+        say = f"network and agent of {cloud.name}"
+        context.report(Progress(operation.kind, "cloud", f"{spec.group}/{cloud.name}", say))
+        ensure_network(context, cloud)
+        agent = context.sites.agent(cloud, start=True)
+        return [
+            (launch(context, operation, spec, replica=replica, image=images[replica], agent=agent), agent)
+            for replica in spec.replicas_on(cloud.name)
+        ]
+
+    done = each(context, used, on_cloud)
+    by_replica = {found.row.replica: (found, agent) for pairs in done.values() for found, agent in pairs}
+    return [by_replica[replica] for replica, _ in spec.placement]

@@ -1,0 +1,197 @@
+"""One measured machine: planned in the journal, created by its cloud, measured and admitted by its agent.
+
+Nothing here is skipped on a second run: create finds what is there, admit measures again, and what comes back replaces
+what the journal holds. So a machine or an agent that died in between is simply made anew under the same names.
+"""
+
+import base64
+import errno
+import ipaddress
+import socket
+from dataclasses import dataclass, replace
+
+from cloudfit_orchestrator.clouds.base import DiskSnapshot, Machine, MachineSpec, NetworkSpec, Ownership, StateDisk
+from cloudfit_orchestrator.controller.journal import FIRST_HOST, MAX_HOSTS, MachineRow, MachineStage, Operation
+from cloudfit_orchestrator.controller.ports import (
+    NETWORK_POOL,
+    REPLICA_PORT,
+    Agent,
+    Context,
+    Image,
+    Progress,
+)
+from cloudfit_orchestrator.model.envelope import key_id
+from cloudfit_orchestrator.model.errors import BadError, PermanentError
+from cloudfit_orchestrator.model.image import LaunchCertificate, Role, open_launch
+from cloudfit_orchestrator.model.signing import sha256
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """An admitted machine."""
+
+    row: MachineRow
+    machine: Machine
+    certificate: LaunchCertificate
+    launch: bytes  # the certificate's envelope
+
+    @property
+    def channel_ca(self) -> bytes:
+        """DER of the incarnation's channel CA."""
+        return base64.b64decode(self.certificate.channel_ca, validate=True)
+
+    @property
+    def launch_digest(self) -> str:
+        """What the configuration record names."""
+        return "sha256:" + sha256(self.launch).hex()
+
+    def as_peer(self) -> dict[str, str]:
+        """As COMMANDs name a peer."""
+        return {
+            "peer_id": self.row.peer_id,
+            "address": self.row.address,
+            "channel_ca": self.certificate.channel_ca,
+        }
+
+
+def network_name(context: Context, cloud: str) -> str:
+    """The network of this deployment in that cloud."""
+    return f"{context.journal.deployment}-{cloud}"
+
+
+def network_spec(context: Context, cloud: CloudSpec, address: str = "") -> NetworkSpec:
+    """The deployment's network in `cloud`, planned on first use; `address` is the machine's."""
+    name = network_name(context, cloud.name)
+    if cloud.driver == "process":
+        return NetworkSpec(name, address or LOOPBACK, 8, LOOPBACK)
+    taken = context.sites.taken_networks(cloud) if cloud.name not in context.journal.networks() else []
+    network = ipaddress.IPv4Network(context.journal.plan_network(cloud.name, cloud.network, NETWORK_POOL, taken))
+    gateway = str(network.network_address + 1)
+    return NetworkSpec(name, address or gateway, network.prefixlen, gateway)
+
+
+def ensure_network(context: Context, cloud: CloudSpec) -> None:
+    """Make the deployment's network there."""
+    context.check_cancelled()
+    context.sites.cloud(cloud).ensure_network(context.journal.deployment, network_spec(context, cloud))
+
+
+def ownership(context: Context, row: MachineRow) -> Ownership:
+    """The complete tag set of a planned machine."""
+    return Ownership(context.journal.deployment, row.group, row.replica, row.incarnation, Role(row.role), row.operation)
+
+
+def launch(
+    context: Context,
+    operation: Operation,
+    spec: GroupSpec,
+    *,
+    replica: str,
+    image: Image,
+    agent: Agent,
+    attach: DiskSnapshot | None = None,
+) -> Launched:
+    """Bring one machine up to admitted. Raises CloudfitError; running it again goes on."""
+    cloud, role = spec.cloud_of(replica), image.manifest.role
+    row = context.journal.plan_machine(operation, replica, role.value, cloud.name, _placer(context, cloud))
+    machine = _create(context, operation, spec, row=row, image=image, attach=attach)
+    context.check_cancelled()
+    network = network_spec(context, cloud, row.host)
+    where = {"address": row.host, "prefix": network.prefix, "gateway": network.gateway}
+    answer = agent.call(
+        "admit",
+        group=spec.group,
+        replica=replica,
+        incarnation=row.incarnation,
+        role=role.value,
+        machine=dict(machine.reference),
+        manifest=base64.b64encode(image.envelope).decode(),
+        image_dir=str(image.directory),
+        allow_adversary=spec.allow_adversary,
+        lease_s=spec.recovery.lease_s,
+        welcome={"network": where, "port": row.port, "options": {"service": spec.service}},
+    )
+    launch_envelope = base64.b64decode(answer["launch"], validate=True)
+    certificate = _check_launch(agent, row, image, launch_envelope)
+    context.journal.machine_admitted(row, base64.b64encode(launch_envelope).decode())
+    say = f"{row.peer_id} is measured and admitted on {cloud.name}"
+    context.report(Progress(operation.kind, "admit", f"{spec.group}/{row.peer_id}", say))
+    return Launched(
+        replace(row, machine_id=machine.id, stage=MachineStage.CREATED), machine, certificate, launch_envelope
+    )
+
+
+def _create(
+    context: Context,
+    operation: Operation,
+    spec: GroupSpec,
+    *,
+    row: MachineRow,
+    image: Image,
+    attach: DiskSnapshot | None,
+) -> Machine:
+    context.check_cancelled()
+    cloud = spec.cloud_of(row.replica)
+    say = f"{row.role} {row.peer_id} on {cloud.name} at {row.address}"
+    context.report(Progress(operation.kind, "create", f"{spec.group}/{row.peer_id}", say))
+    machine = context.sites.cloud(cloud).create(
+        MachineSpec(
+            owner=ownership(context, row),
+            image_dir=image.directory,
+            manifest=image.manifest,
+            memory_mib=spec.sizes.memory_mib,
+            cpus=spec.sizes.cpus,
+            network=network_spec(context, cloud, row.host),
+            state_disk=None if attach else StateDisk(spec.sizes.state_mib),
+            attach=attach,
+        )
+    )
+    context.journal.machine_created(row, machine.id)
+    return machine
+
+
+def _check_launch(agent: Agent, row: MachineRow, image: Image, envelope: bytes) -> LaunchCertificate:
+    """The certificate must be this agent's, of this incarnation, over this image: else the record would lie."""
+    key = base64.b64decode(agent.call("status")["key"], validate=True)
+    certificate = open_launch(envelope, [key])
+    expected = (row.group, row.replica, row.incarnation, row.role, image.digest, key_id(key))
+    got = (certificate.group, certificate.replica, certificate.incarnation, certificate.role.value)
+    if (*got, certificate.image, certificate.agent) != expected:
+        raise BadError(
+            f"launch certificate of {row.group}/{row.peer_id} is about {got} with image {certificate.image}, "
+            f"expected image {image.digest}",
+            next_command=f"cloudfit group destroy {row.group}",
+        )
+    return certificate
+
+
+class _placer:  # noqa: N801  a function with the cloud bound to it
+    def __init__(self, context: Context, cloud: CloudSpec) -> None:
+        self._process = cloud.driver == "process"
+        spec = network_spec(context, cloud)
+        self._network = ipaddress.IPv4Network(f"{spec.address}/{spec.prefix}", strict=False)
+
+    def __call__(self, taken: set[str]) -> tuple[str, int]:
+        if self._process:
+            return LOOPBACK, _free_port(taken)
+        for number in range(FIRST_HOST, min(MAX_HOSTS, self._network.num_addresses - 2) + 1):
+            host = str(self._network.network_address + number)
+            if f"{host}:{REPLICA_PORT}" not in taken:
+                return host, REPLICA_PORT
+        raise PermanentError(f"no address of {self._network} is free", next_command="cloudfit group list")
+
+
+def _free_port(taken: set[str]) -> int:
+    for _ in range(100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, 0))
+            except OSError as error:
+                raise PermanentError(f"no free port on {LOOPBACK}: {errno.errorcode.get(error.errno or 0)}") from error
+            port: int = probe.getsockname()[1]
+        if f"{LOOPBACK}:{port}" not in taken:
+            return port
+    raise PermanentError(f"100 ports in a row on {LOOPBACK} were planned for other machines")
