@@ -53,6 +53,7 @@ def build_image(recipe: Path | str, store: Path, key: Ed25519PrivateKey, progres
     they were. Raises BadInputError (recipe), PermanentError (tool missing or failed, no package lists, disk full).
     """
     plan = load_recipe(recipe)
+    store = store.resolve()  # tools run in directories of their own
     try:
         with Store(store).build(progress) as work:
             return _build(plan, Store(store), work, key, progress)

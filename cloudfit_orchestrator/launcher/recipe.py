@@ -1,7 +1,6 @@
 """Recipes: what goes into an image, as TOML. A recipe names its base, which several variants share."""
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -121,13 +120,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadInputError(f"{path}: {error}") from error
 
 
-def _make(cls: Callable[..., _T], doc: dict[str, Any], path: Path, **given: Any) -> _T:
+def _make(cls: type[_T], doc: dict[str, Any], path: Path, **given: Any) -> _T:
     """Build the dataclass from TOML, refusing unknown, missing and mistyped keys."""
     known = {f.name: f for f in fields(cast("Any", cls)) if f.name not in given}
-    for name in sorted(known.keys() ^ doc.keys()):
+    wrong = sorted(set(known).symmetric_difference(doc))
+    for name in wrong:
         raise BadInputError(f"{path}: {'unknown' if name in doc else 'missing'} key `{name}`")
     for name, value in doc.items():
-        kind: type = list if str(known[name].type).startswith("tuple") else bool if known[name].type is bool else str
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value)):
+        kind = list if str(known[name].type).startswith("tuple") else bool if known[name].type is bool else str
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in doc[name])):
             raise BadInputError(f"{path}: `{name}` must be {_KINDS[kind]}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in doc.items()}, **given)

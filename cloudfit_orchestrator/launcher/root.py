@@ -10,6 +10,7 @@ from pathlib import Path
 from cloudfit_orchestrator.launcher.packages import Package, extract_deb, extract_wheel
 from cloudfit_orchestrator.launcher.recipe import BaseRecipe, Recipe
 from cloudfit_orchestrator.launcher.tools import run
+from cloudfit_orchestrator.launcher.verity import TIMESTAMP
 from cloudfit_orchestrator.model.errors import BadInputError, PermanentError
 
 SITE = "usr/lib/python3/dist-packages"
@@ -51,8 +52,8 @@ def make_base(recipe: BaseRecipe, debs: Iterable[Package], wheels: Iterable[Pack
     (etc / "passwd").write_text("root:x:0:0:root:/:/nonexistent\n")
     (etc / "group").write_text("root:x:0:\n")
     (etc / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
-    normalise(tree)
     compile_python(tree, recipe.python, [f"usr/lib/python{recipe.python}", SITE])
+    normalise(tree)
     run_python(tree, recipe.python, "import " + ", ".join(recipe.must_import))
 
 
@@ -81,8 +82,8 @@ def add_own_code(recipe: Recipe, tree: Path) -> None:
     settings.mkdir()
     (settings / "entry").write_text(recipe.entry + "\n")
     (settings / "state").write_text(recipe.state_disk + "\n")
-    normalise(tree)
     compile_python(tree, recipe.base.python, [SITE])
+    normalise(tree)
     run_python(tree, recipe.base.python, _CHECK_ENTRY, recipe.entry)
     check_contents(tree)
 
@@ -157,8 +158,11 @@ def _prune(tree: Path, patterns: Iterable[str]) -> None:
 
 
 def normalise(tree: Path) -> None:
-    """Set modes to 0755 or 0644, whatever the packages and the builder's umask say; set-id bits go with that."""
-    tree.chmod(0o755)
-    for path in tree.rglob("*"):
+    """Set modes to 0755 or 0644 and all times to one, whatever the packages and the builder's umask say.
+
+    Set-id bits go with that. mkfs.erofs by itself only lowers later times to the given one.
+    """
+    for path in [*tree.rglob("*"), tree]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+        os.utime(path, (TIMESTAMP, TIMESTAMP), follow_symlinks=False)
