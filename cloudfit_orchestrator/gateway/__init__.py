@@ -1,0 +1,1 @@
+"""How programs outside a group use it: the client SDK."""

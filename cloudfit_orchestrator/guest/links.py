@@ -1,0 +1,171 @@
+"""One TLS connection of frames `length u32 ‖ body`, with a bounded queue: what does not fit displaces the oldest."""
+
+import asyncio
+import struct
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, cast
+
+from cloudfit_orchestrator.model.errors import BadError
+
+_LENGTH = struct.Struct(">I")
+_WRITE_BYTES = 256 << 10  # handed to TLS at once: joins many small frames, and bounds what a lost connection loses
+
+
+class FrameBuffer:
+    """Incremental decoder of frames. Raises BadError at an oversize frame; the stream is unusable then."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: the largest body, in bytes."""
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that `data` completes."""
+        buffer = self._buffer
+        buffer += data
+        bodies: list[bytes] = []
+        at = 0
+        while len(buffer) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, at)
+            if length > self.limit:
+                raise BadError(f"frame of {length} bytes, the limit is {self.limit}")
+            end = at + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            bodies.append(bytes(buffer[at + _LENGTH.size : end]))
+            at = end
+        del buffer[:at]
+        return bodies
+
+    @property
+    def partial(self) -> bool:
+        """Whether it holds the beginning of a frame."""
+        return bool(self._buffer)
+
+
+class SendQueue:
+    """Frames that wait for a connection. Outlives connections."""
+
+    def __init__(self, limit: int, counters: Counter[str], label: str) -> None:
+        """`limit`: bytes of bodies kept; drops are counted as `label`."""
+        self._limit = limit
+        self._counters = counters
+        self._label = label
+        self._frames: deque[bytes] = deque()
+        self._bytes = 0
+
+    def put(self, body: bytes) -> None:
+        """Queue `body`, dropping the oldest where there is no room."""
+        self._frames.append(body)
+        self._bytes += len(body)
+        while self._bytes > self._limit and len(self._frames) > 1:
+            self._bytes -= len(self._frames.popleft())
+            self._counters[self._label] += 1
+
+    def take(self) -> bytes:
+        """The next frames, encoded, about `_WRITE_BYTES` together; empty if there are none."""
+        parts: list[bytes] = []
+        size = 0
+        while self._frames and (not parts or size + len(self._frames[0]) <= _WRITE_BYTES):
+            body = self._frames.popleft()
+            self._bytes -= len(body)
+            size += len(body)
+            parts += (_LENGTH.pack(len(body)), body)
+        return b"".join(parts)
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+
+class Link(asyncio.Protocol):
+    """One connection. `identify` is asked for the owner of the certificate when the handshake is over."""
+
+    def __init__(
+        self,
+        *,
+        identify: Callable[[Any, bytes], bool],
+        received: Callable[[Any, bytes], None],
+        ended: Callable[[Any], None],
+        limit: int,
+        queue: SendQueue,
+        counters: Counter[str],
+    ) -> None:
+        """`identify(link, certificate DER)` returns False for a stranger; `received` gets each body after that."""
+        self._identify, self._received, self._ended = identify, received, ended
+        self._frames = FrameBuffer(limit)
+        self._counters = counters
+        self._transport: asyncio.Transport | None = None
+        self._paused = False
+        self._scheduled = False
+        self.queue = queue
+        self.closed = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The handshake is over."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=2 * _WRITE_BYTES)
+        certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        if not certificate or not self._identify(self, certificate):
+            self.abort("stranger")
+            return
+        self.flush_soon()
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes, perhaps after `abort`."""
+        if self._transport is None:
+            return
+        try:
+            bodies = self._frames.feed(data)
+        except BadError:
+            self.abort("oversize frame")
+            return
+        for body in bodies:
+            if self._transport is None:
+                return
+            self._received(self, body)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  asyncio's signature
+        """It is over, for whatever reason."""
+        if self._transport is not None and self._frames.partial:
+            self._counters["truncated frame"] += 1
+        self._transport = None
+        if not self.closed.done():
+            self.closed.set_result(None)
+            self._ended(self)
+
+    def pause_writing(self) -> None:
+        """The other side is slow."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """It caught up."""
+        self._paused = False
+        self.flush_soon()
+
+    def send(self, body: bytes) -> None:
+        """Queue a frame; what one loop iteration queues goes out together."""
+        self.queue.put(body)
+        self.flush_soon()
+
+    def limit_frames(self, limit: int) -> None:
+        """Accept bodies of at most `limit` bytes from now on."""
+        self._frames.limit = limit
+
+    def flush_soon(self) -> None:
+        """Write what is queued, when this loop iteration is over."""
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def abort(self, reason: str) -> None:
+        """Close at once, counting `reason`."""
+        if self._transport is not None:
+            self._counters[f"closed: {reason}"] += 1
+            transport, self._transport = self._transport, None
+            transport.abort()
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        while self._transport is not None and not self._paused and self.queue:
+            self._transport.write(self.queue.take())

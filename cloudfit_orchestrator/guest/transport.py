@@ -1,0 +1,235 @@
+"""Peers and clients over TCP (docs/contracts.md): two simplex connections a pair of replicas, one a client.
+
+A replica dials every peer that it sends to, and only reads from the connections that it accepts from peers. Who is who
+is decided in guest/tls.py.
+"""
+
+import asyncio
+import random
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
+from cloudfit_orchestrator.guest.links import Link, SendQueue
+from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.record import Client
+
+MAX_PEER_QUEUE = 32 << 20  # bytes that wait for one peer: a few chunks, or a window of batches
+MAX_CLIENT_QUEUE = 4 << 20  # bytes that wait for one client's connection
+MAX_LINKS_PER_PEER = 2  # a dialler that lost its connection is here again before we notice
+MAX_LINKS_PER_CLIENT = 16  # gateways share a key
+MAX_HANDSHAKES = 64  # at once; strangers can occupy no more
+HANDSHAKE_TIMEOUT_S = 10.0  # under TCG a handshake takes tens of milliseconds
+DIAL_FIRST_WAIT_S = 0.05
+DIAL_LAST_WAIT_S = 2.0
+MAX_PORT = 65535
+_BACKLOG = 128
+
+
+class _Dialler:
+    """Keeps one connection to a peer, for sending."""
+
+    def __init__(self, owner: "Transport", peer: Peer) -> None:
+        self.peer = peer
+        self._owner = owner
+        self._queue = SendQueue(MAX_PEER_QUEUE, owner.counters, "dropped for a peer")
+        self._link: Link | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def send(self, body: bytes) -> None:
+        self._queue.put(body)
+        if self._link is not None:
+            self._link.flush_soon()
+
+    def close(self) -> None:
+        self._task.cancel()
+        if self._link is not None:
+            self._link.abort("peer forgotten")
+
+    async def _run(self) -> None:
+        host, _, port = self.peer.address.rpartition(":")
+        if not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
+            self._owner.counters["malformed address"] += 1
+            return
+        wait_s = DIAL_FIRST_WAIT_S
+        while True:
+            try:
+                context = self._owner.credentials.client_context(self.peer.channel_ca)
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                    _, link = await asyncio.get_running_loop().create_connection(
+                        self._make, host.strip("[]"), int(port), ssl=context, server_hostname=""
+                    )
+            except (OSError, TimeoutError, BadError) as error:
+                self._owner.counters[f"dial failed: {type(error).__name__}"] += 1
+            else:
+                self._link = link
+                made_s = asyncio.get_running_loop().time()
+                await link.closed
+                self._link = None
+                if asyncio.get_running_loop().time() - made_s > DIAL_LAST_WAIT_S:
+                    wait_s = DIAL_FIRST_WAIT_S  # not so where the peer accepts and hangs up
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1))
+            wait_s = min(2 * wait_s, DIAL_LAST_WAIT_S)
+
+    def _make(self) -> Link:
+        return Link(
+            identify=lambda _, certificate: self._owner.directory.peer(certificate) == self.peer.peer_id,
+            received=lambda link, _: link.abort("peer answered on a connection made for sending"),
+            ended=lambda _: None,
+            limit=0,
+            queue=self._queue,
+            counters=self._owner.counters,
+        )
+
+
+class Transport:
+    """The listener, the connections accepted, and a dialler for each peer that was ever sent to."""
+
+    def __init__(
+        self,
+        *,
+        group: str,
+        credentials: Credentials,
+        from_peer: Callable[[str, bytes], None],
+        from_client: Callable[[bytes, bytes], None],
+    ) -> None:
+        """Accepts nobody before `configure`."""
+        self.credentials = credentials
+        self.directory = Directory(group)
+        self.counters: Counter[str] = Counter()
+        self._from_peer, self._from_client = from_peer, from_client
+        self._diallers: dict[str, _Dialler] = {}
+        self._peer_links: dict[str, list[Link]] = {}
+        self._client_links: dict[bytes, list[Link]] = {}
+        self._owners: dict[Link, tuple[str | bytes, bytes]] = {}
+        self._context = credentials.server_context([])
+        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}  # oldest first
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+
+    async def listen(self, host: str, port: int) -> int:
+        """Listen on TCP; `port` 0 chooses one. Returns the port. Raises OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        self._listener.settimeout(0)
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
+        return int(self._listener.getsockname()[1])
+
+    def configure(self, peers: Iterable[Peer], clients: Iterable[Client]) -> None:
+        """Accept and dial exactly these from now on; connections of all others are closed."""
+        old, self.directory = self.directory, Directory(self.directory.group, peers, clients)
+        self.counters["malformed authority"] += len(self.directory.malformed)
+        if set(old.trusted) != set(self.directory.trusted):
+            self._context = self.credentials.server_context(self.directory.trusted)
+        for link, (_, certificate) in list(self._owners.items()):
+            if self.directory.client(certificate) is None and self.directory.peer(certificate) is None:
+                link.abort("no longer known")
+        for peer_id, dialler in list(self._diallers.items()):
+            now = self.directory.peers.get(peer_id)
+            same = now is not None and (now.address, now.channel_ca) == (dialler.peer.address, dialler.peer.channel_ca)
+            if not same:
+                dialler.close()
+                del self._diallers[peer_id]
+
+    def send(self, peer_id: str, body: bytes) -> None:
+        """Send to a peer, dialling it the first time. May be lost; to an unknown peer it is, and counted."""
+        peer = self.directory.peers.get(peer_id)
+        if peer is None or len(body) > MAX_PEER_FRAME:
+            self.counters["not sent: unknown peer" if peer is None else "not sent: too large"] += 1
+            return
+        dialler = self._diallers.get(peer_id)
+        if dialler is None:
+            dialler = self._diallers[peer_id] = _Dialler(self, peer)
+        dialler.send(body)
+
+    def answer(self, client: bytes, body: bytes) -> None:
+        """Send to all connections of the client with that raw key."""
+        for link in self._client_links.get(client, ()):
+            link.send(body)
+
+    async def close(self) -> None:
+        """Close everything."""
+        tasks = [*self._handshakes, *([self._accepting] if self._accepting else [])]
+        for task in tasks:
+            task.cancel()
+        for dialler in self._diallers.values():
+            dialler.close()
+        for link in list(self._owners):
+            link.abort("transport closed")
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # e.g. out of file descriptors: later again
+                self.counters[f"accept failed: {error.errno}"] += 1
+                await asyncio.sleep(DIAL_FIRST_WAIT_S)
+                continue
+            if len(self._handshakes) >= MAX_HANDSHAKES:  # the oldest is the likeliest to be a stranger's
+                self.counters["refused: too many handshakes"] += 1
+                next(iter(self._handshakes)).cancel()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task = loop.create_task(self._greet(connection))
+            self._handshakes[task] = connection
+            task.add_done_callback(self._greeted)
+
+    async def _greet(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._make, connection, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S
+            )
+        except (OSError, TimeoutError) as error:
+            self.counters[f"handshake failed: {type(error).__name__}"] += 1
+            connection.close()
+
+    def _greeted(self, task: "asyncio.Task[None]") -> None:
+        connection = self._handshakes.pop(task)
+        if task.cancelled():  # perhaps before its first step
+            connection.close()
+
+    def _make(self) -> Link:
+        return Link(
+            identify=self._identify,
+            received=self._received,
+            ended=self._ended,
+            limit=MAX_PEER_FRAME,
+            queue=SendQueue(MAX_CLIENT_QUEUE, self.counters, "dropped for a client"),
+            counters=self.counters,
+        )
+
+    def _identify(self, link: Link, certificate: bytes) -> bool:
+        client = self.directory.client(certificate)
+        peer_id = None if client is not None else self.directory.peer(certificate)
+        if client is not None:
+            link.limit_frames(MAX_CLIENT_FRAME)
+            self._owners[link] = client, certificate
+            self._keep(self._client_links.setdefault(client, []), link, MAX_LINKS_PER_CLIENT)
+        elif peer_id is not None:
+            self._owners[link] = peer_id, certificate
+            self._keep(self._peer_links.setdefault(peer_id, []), link, MAX_LINKS_PER_PEER)
+        return client is not None or peer_id is not None
+
+    @staticmethod
+    def _keep(links: list[Link], link: Link, most: int) -> None:
+        links.append(link)
+        for oldest in links[: max(0, len(links) - most)]:
+            oldest.abort("too many connections of one owner")
+
+    def _received(self, link: Link, body: bytes) -> None:
+        owner, _ = self._owners[link]
+        if isinstance(owner, bytes):
+            self._from_client(owner, body)
+        else:
+            self._from_peer(owner, body)
+
+    def _ended(self, link: Link) -> None:
+        owner, _ = self._owners.pop(link, (None, b""))
+        links = self._client_links.get(owner, []) if isinstance(owner, bytes) else self._peer_links.get(owner or "", [])
+        if link in links:
+            links.remove(link)
