@@ -1,0 +1,308 @@
+"""What a Byzantine machine does: small behaviours that are put together.
+
+A taken-over guest can do all that its core asks for in another way, leave it out, or add to it. It cannot make the
+wormhole certify a counter twice or sign an untyped statement. Each behaviour is applied to one effect after the other.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from cloudfit_orchestrator.bft.effects import Answer, Certify, Effect, Send, Sign
+from cloudfit_orchestrator.bft.messages import (
+    BatchMessage,
+    Chunk,
+    Commit,
+    Entry,
+    Header,
+    NewView,
+    PeerMessage,
+    Prepare,
+    Skip,
+    Stable,
+    StatementMessage,
+    StreamMessage,
+    ViewChange,
+    decode_header,
+    decode_peer,
+    encode,
+)
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
+from cloudfit_orchestrator.model.ui import message_digest
+from cloudfit_orchestrator.testing.machine import Behaviour, Machine
+from cloudfit_orchestrator.wormhole.refusal import Refusal
+
+Done = list[tuple[float, Effect]]  # what is done: delay in seconds and effect, in order
+MAX_KEPT = 200  # frames kept for replay
+
+
+class OnSend:
+    """Base of behaviours that change what is sent to peers, and nothing else."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """`rng` makes all choices."""
+        self._rng = rng
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        del machine
+        if not isinstance(effect, Send):
+            return [(0, effect)]
+        try:
+            message = decode_peer(effect.body)
+        except BadError:  # another behaviour's garbage
+            return [(0, effect)]
+        return self.send(effect, message)
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """What is done in place of `effect`, whose body is `message`."""
+        raise TypeError(f"{type(self).__name__} does not say what it does with {effect} and {message}")
+
+
+class Silent(OnSend):
+    """Says nothing to anybody."""
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        del machine
+        return [] if isinstance(effect, Send | Answer) else [(0, effect)]
+
+
+class SelectiveSend(OnSend):
+    """Leaves out most of what goes to some peers, so that their cursors into its stream have gaps."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """See `OnSend`."""
+        super().__init__(rng)
+        self._left_out: dict[str, float] = {}
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        del message
+        rate = self._left_out.setdefault(effect.peer, self._rng.choice([0.0, 0.5, 0.9, 1.0]))
+        return [] if self._rng.random() < rate else [(0, effect)]
+
+
+class WithholdBatches(OnSend):
+    """Proposes, but shows the batch to few, and never hands one out when asked."""
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        if isinstance(message, BatchMessage):
+            return []
+        if isinstance(message, StreamMessage) and message.batch and self._rng.random() < 0.7:
+            return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, batch=b""))))]
+        return [(0, effect)]
+
+
+class WrongBatches(OnSend):
+    """Attaches other batches than the one that its PREPARE names."""
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        if isinstance(message, StreamMessage) and message.batch and self._rng.random() < 0.5:
+            return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, batch=b"\x91\xc4\x01x"))))]
+        return [(0, effect)]
+
+
+class WrongPayloads(OnSend):
+    """Shows NEW-VIEWs with another payload than the one that was certified."""
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        if isinstance(message, StreamMessage) and message.payload and self._rng.random() < 0.7:
+            return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, payload=b"\x92\x90\x90"))))]
+        return [(0, effect)]
+
+
+class DelaysUIs(OnSend):
+    """Holds its stream back: certified, but shown late, in order."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """See `OnSend`."""
+        super().__init__(rng)
+        self._late_s = rng.choice([0.1, 0.5, 2.0])
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        return [(self._late_s if isinstance(message, StreamMessage) else 0, effect)]
+
+
+class CorruptChunks(OnSend):
+    """Hands out wrong state."""
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        if isinstance(message, Chunk) and self._rng.random() < 0.5:
+            return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, data=message.data + b"\0"))))]
+        return [(0, effect)]
+
+
+class NeverProposes(OnSend):
+    """From some moment on keeps its PREPAREs, and so all that follows them in its stream, from everybody."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """See `OnSend`."""
+        super().__init__(rng)
+        self._left = rng.randint(0, 20)
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        if isinstance(message, StreamMessage) and isinstance(decode_header(message.header), Prepare):
+            self._left -= 1
+            if self._left < 0:
+                return []
+        return [(0, effect)]
+
+
+class Replays(OnSend):
+    """Sends old frames again, to anybody."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """See `OnSend`."""
+        super().__init__(rng)
+        self._kept: deque[bytes] = deque(maxlen=MAX_KEPT)
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        del message
+        self._kept.append(effect.body)
+        again = [(self._rng.uniform(0, 2), Send(effect.peer, self._rng.choice(self._kept)))]
+        return [(0, effect), *(again if self._rng.random() < 0.2 else [])]
+
+
+class Garbage(OnSend):
+    """Adds frames of random bytes, and frames with a few bytes changed."""
+
+    def send(self, effect: Send, message: PeerMessage) -> Done:
+        """See `OnSend`."""
+        del message
+        if self._rng.random() < 0.9:
+            return [(0, effect)]
+        body = bytearray(effect.body)
+        for _ in range(self._rng.randint(1, 3)):
+            body[self._rng.randrange(len(body))] = self._rng.randrange(256)
+        noise = self._rng.randbytes(self._rng.randint(0, 60))
+        return [(0, effect), (0, Send(effect.peer, bytes(body))), (0, Send(effect.peer, noise))]
+
+
+class WrongStatements:
+    """Has the KSS sign wrong checkpoints, decisions, confirmations and roots of replies: the wormhole cannot tell."""
+
+    KINDS = frozenset({Kind.CHECKPOINT, Kind.DECIDED, Kind.REPLY, Kind.CONFIRM})
+
+    def __init__(self, rng: random.Random) -> None:
+        """`rng` chooses when."""
+        self._rng = rng
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        del machine
+        if isinstance(effect, Sign) and effect.kind in self.KINDS and self._rng.random() < 0.8:
+            body = effect.body[:-1] + bytes([effect.body[-1] ^ 1])
+            return [(0, Sign(effect.c, effect.kind, body, effect.token))]
+        return [(0, effect)]
+
+
+class AsksForViews:
+    """Asks for later views all the time, and for absurd ones."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """`rng` chooses the targets."""
+        self._rng = rng
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        found: Done = [(0, effect)]
+        if not isinstance(effect, Certify) or self._rng.random() > 0.3:
+            return found
+        body = LAYOUT[Kind.REQ].pack(self._rng.choice([1, 2, 3, 4, 5, 6, 1000, 1 << 62]))
+        try:
+            signature = machine.wormhole.sign(effect.c, Kind.REQ, body)
+        except Refusal:
+            return found
+        statement = encode(StatementMessage(effect.c, machine.identity.replica, Kind.REQ, body, signature))
+        return [*found, *((0, Send(peer, statement)) for peer in machine.peers)]
+
+
+class Forges:
+    """At some moment certifies a message that breaks the rules in place of its own, shows it, and then no more."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """`rng` chooses which and when."""
+        self._rng = rng
+        self._left = rng.randint(0, 60)
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        if not isinstance(effect, Certify):
+            return [(0, effect)]
+        self._left -= 1
+        if self._left >= 0:
+            return [(0, effect)]
+        if self._left < -1:
+            return []
+        header = encode(self._header(machine, effect.c))
+        payload = b"\x92\x90\x90"  # of no use but to a NEW-VIEW: no view changes, no choices
+        try:
+            digest = message_digest(header, payload)
+            certificate = machine.wormhole.create_ui(machine.session(effect.c), effect.c, effect.cv, digest)
+        except Refusal:
+            self._left = 0  # something is still on its way before it: the next one
+            return [(0, effect)]
+        forged = encode(StreamMessage(effect.c, machine.identity.replica, effect.cv, header, payload, certificate))
+        return [(0, Send(peer, forged)) for peer in machine.peers]
+
+    def _header(self, machine: Machine, c: int) -> Header:
+        g, s = self._rng.randint(0, 4), self._rng.randint(0, 40)
+        me = machine.identity.replica
+        choices: list[Header] = [
+            Prepare(c, g, s, self._rng.randbytes(32)),
+            Skip(c, g, s, s + self._rng.choice([0, 3, 10**9])),
+            Commit(c, g, (Entry(s, s, me, 1, encode(Prepare(c, g, s, bytes(32))), bytes(64)),)),
+            Stable(c, 10**9, bytes(32), (), 0, 0, 10**9, (), (), ()),
+            ViewChange(c, g + 1, (), ()),
+            NewView(c, g, 0, s, (), ()),
+        ]
+        return self._rng.choice(choices)
+
+
+ALL: dict[str, Callable[[random.Random], Behaviour]] = {
+    "silent": Silent,
+    "selective": SelectiveSend,
+    "withhold": WithholdBatches,
+    "wrong-batches": WrongBatches,
+    "wrong-payloads": WrongPayloads,
+    "wrong-statements": WrongStatements,
+    "asks-for-views": AsksForViews,
+    "forges": Forges,
+    "replays": Replays,
+    "delays": DelaysUIs,
+    "corrupt-chunks": CorruptChunks,
+    "never-proposes": NeverProposes,
+    "garbage": Garbage,
+}
+
+
+class Together:
+    """Several behaviours, each applied to what the ones before it leave."""
+
+    def __init__(self, parts: list[Behaviour]) -> None:
+        """In this order."""
+        self._parts = parts
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        found: Done = [(0, effect)]
+        for part in self._parts:
+            found = [(late + more, done) for late, one in found for more, done in part.effects(machine, one)]
+        return found
+
+
+def choose(rng: random.Random) -> tuple[str, Behaviour]:
+    """Some behaviours together, and their names."""
+    names = sorted(rng.sample(sorted(ALL), rng.choice([1, 1, 2, 3])))
+    return "+".join(names), Together([ALL[name](rng) for name in names])

@@ -1,0 +1,102 @@
+"""Virtual time, and a network between machines that drops, delays, duplicates, reorders and parts.
+
+Everything that happens in a simulation is an event of one `Schedule`; events at one moment happen in the order in which
+they were planned. With the same seed the same events happen, in the same order.
+"""
+
+import heapq
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+MAX_IN_FLIGHT = 20_000  # frames: far more than n^2 windows; a storm of messages is a failure, not a slow run
+
+
+class Schedule:
+    """The virtual clock (model.clock.Clock) and what is still to happen."""
+
+    def __init__(self) -> None:
+        """Time 0, nothing planned."""
+        self._now = 0.0
+        self._number = 0
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self.events = 0
+
+    def now_s(self) -> float:
+        """Virtual seconds since the beginning."""
+        return self._now
+
+    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Plan `action`."""
+        self._number += 1
+        heapq.heappush(self._heap, (self._now + delay_s, self._number, action))
+
+    def run(self, until_s: float, done: Callable[[], bool]) -> bool:
+        """Let events happen until `done`, checked after each; False if it was not by the virtual time `until_s`."""
+        while self._heap and self._heap[0][0] <= until_s:
+            self._now, _, action = heapq.heappop(self._heap)
+            self.events += 1
+            action()
+            if done():
+                return True
+        self._now = max(self._now, until_s)
+        return done()
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How the network treats a frame. Probabilities are per frame; times in seconds."""
+
+    drop: float = 0.0
+    duplicate: float = 0.0
+    delay_s: float = 0.002  # the least
+    jitter_s: float = 0.003  # mean of an exponential on top: it is what reorders
+    late: float = 0.0  # probability of `late_s` on top
+    late_s: float = 1.0
+
+
+class Network:
+    """Delivers frames between named places, or does not."""
+
+    def __init__(self, schedule: Schedule, rng: random.Random, weather: Weather) -> None:
+        """`weather` may be replaced at any time."""
+        self._schedule = schedule
+        self._rng = rng
+        self.weather = weather
+        self._sides: dict[str, int] = {}
+        self.in_flight = 0
+        self.delivered = 0
+        self.dropped = 0
+
+    def part(self, sides: Iterable[Iterable[str]]) -> None:
+        """Frames pass only within a side from now on; who is in none is on a side with all others of that kind."""
+        self._sides = {name: i for i, side in enumerate(sides, 1) for name in side}
+
+    def heal(self) -> None:
+        """No partition any more."""
+        self._sides = {}
+
+    def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
+        """A frame from `source` to `target` (names of hosts). What is on its way when a partition begins is lost."""
+        w = self.weather
+        copies = 2 if self._rng.random() < w.duplicate else 1
+        for _ in range(copies):
+            if self._rng.random() < w.drop or not self._connected(source, target) or self.in_flight >= MAX_IN_FLIGHT:
+                self.dropped += 1
+                continue
+            delay = w.delay_s + self._rng.expovariate(1 / w.jitter_s)
+            if self._rng.random() < w.late:
+                delay += self._rng.uniform(0, w.late_s)
+            self.in_flight += 1
+            self._schedule.after(delay, lambda: self._arrive(source, target, deliver))
+
+    def _arrive(self, source: str, target: str, deliver: Callable[[], None]) -> None:
+        self.in_flight -= 1
+        if self._connected(source, target):
+            self.delivered += 1
+            deliver()
+        else:
+            self.dropped += 1
+
+    def _connected(self, source: str, target: str) -> bool:
+        return self._sides.get(source, 0) == self._sides.get(target, 0)

@@ -1,0 +1,257 @@
+"""Clients of a simulated group: they write and read a few keys, ask again when no answer comes, and record a history.
+
+Each operation carries a name of its own. The service underneath notes names in the state itself, so an operation that
+took effect twice is seen in the lineage of states in which it did, whatever was rolled back meanwhile.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cloudfit_orchestrator.bft.clients import reply_root
+from cloudfit_orchestrator.bft.messages import (
+    Bundle,
+    BundleBody,
+    Overloaded,
+    Replies,
+    Request,
+    bundle_bytes,
+    decode_client,
+    encode,
+    reply_leaf,
+)
+from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.record import ConfigRecord
+from cloudfit_orchestrator.model.signing import Verifier
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
+from cloudfit_orchestrator.services.kv import (
+    CompareAndSwap,
+    Delete,
+    Done,
+    Get,
+    KvService,
+    Put,
+    Value,
+    decode_result,
+    encode_operation,
+)
+from cloudfit_orchestrator.testing.crypto import Signer
+from cloudfit_orchestrator.testing.history import Call, History, Result
+from cloudfit_orchestrator.testing.history import Kind as Of
+from cloudfit_orchestrator.testing.network import Schedule
+
+NAME_BYTES = 8
+RETRY_S = 0.6
+MAX_RETRY_S = 4.0
+
+
+class OnceService:
+    """The kv service, watched: `twice` is told of every operation that is executed again on a state that has it."""
+
+    def __init__(self, twice: Callable[[bytes], None], *, lies: bool = False) -> None:
+        """With `lies`, some results are made up."""
+        self._kv = KvService()
+        self._twice = twice
+        self._lies = lies
+
+    def execute(self, store: StateStore, operation: bytes) -> bytes:
+        """See `bft.interfaces.Service`."""
+        name, inner = operation[:NAME_BYTES], operation[NAME_BYTES:]
+        mark = b"once/" + name
+        if store.get(mark) is not None:
+            self._twice(name)
+        store.put(mark, b"")
+        result = self._kv.execute(store, inner)
+        if self._lies and name[-1] % 2:
+            return encode_operation(Put(b"made", b"up")) if name[-1] % 4 == 1 else KvService().execute(store, b"")
+        return result
+
+
+def to_operation(call: Call) -> bytes:
+    """The kv operation of a call in a history."""
+    match call.kind:
+        case Of.PUT:
+            assert call.value is not None
+            return encode_operation(Put(call.key, call.value))
+        case Of.GET:
+            return encode_operation(Get(call.key))
+        case Of.DELETE:
+            return encode_operation(Delete(call.key))
+        case Of.CAS:
+            return encode_operation(CompareAndSwap(call.key, call.expected, call.value))
+
+
+def to_result(call: Call, data: bytes) -> Result:
+    """The call's result in a history. Raises BadError if the service did not answer so."""
+    result = decode_result(data)
+    match call.kind, result:
+        case Of.PUT, Done():
+            return None
+        case Of.GET, Value(value):
+            return value
+        case Of.DELETE, Done(changed):
+            return changed
+        case Of.CAS, Done():
+            return True
+        case Of.CAS, Value():
+            return False
+    raise BadError(f"{call.kind} was answered by {result!r}")
+
+
+class Reach(Protocol):
+    """What a client needs of the simulation around it."""
+
+    schedule: Schedule
+
+    def ask(self, client: "SimClient", replica: str, body: bytes) -> None:
+        """A frame to the machine of a member."""
+        ...
+
+    def newest(self) -> ConfigRecord:
+        """The ACTIVE record in CONFIG STORAGE."""
+        ...
+
+
+@dataclass(slots=True)
+class Open:
+    """A bundle without all of its answers."""
+
+    frame: bytes
+    calls: dict[int, tuple[int, Call]]  # number -> (handle in the history, call)
+    votes: dict[tuple[int, int, bytes], set[str]] = field(default_factory=lambda: defaultdict(set))
+    retry_s: float = RETRY_S
+
+
+class SimClient:
+    """One closed loop: a bundle at a time, until `operations` are answered."""
+
+    def __init__(
+        self,
+        reach: Reach,
+        *,
+        name: str,
+        key: Signer,
+        verifier: Verifier,
+        history: History,
+        rng: random.Random,
+        keys: list[bytes],
+        operations: int,
+        pause_s: float,
+    ) -> None:
+        """`keys` are shared with other clients; `pause_s` is the mean time between answer and next bundle."""
+        self.name = name
+        self.key = key
+        self.left = operations
+        self.answered = 0
+        self._reach = reach
+        self._verifier = verifier
+        self._history = history
+        self._rng = rng
+        self._keys = keys
+        self._pause_s = pause_s
+        self._number = 0
+        self._open: Open | None = None
+        self._records: dict[int, ConfigRecord] = {}
+        self._last: dict[bytes, bytes | None] = {}  # what this client saw last: good guesses for CAS
+
+    @property
+    def idle(self) -> bool:
+        """Every operation was answered."""
+        return self._open is None and self.left <= 0
+
+    def start(self) -> None:
+        """Begin."""
+        self._plan()
+
+    def read_all(self) -> None:
+        """When idle: one more read of each key."""
+        assert self.idle
+        self._send([Call(Of.GET, key) for key in self._keys])
+
+    def _plan(self) -> None:
+        if self.left > 0:
+            self._reach.schedule.after(self._rng.expovariate(1 / self._pause_s), self._next)
+
+    def _next(self) -> None:
+        count = min(self.left, self._rng.choice([1, 1, 1, 2, 3]))
+        self.left -= count
+        self._send([self._call() for _ in range(count)])
+
+    def _call(self) -> Call:
+        key = self._rng.choice(self._keys)
+        value = f"{self.name}:{self._number}:{self._rng.randrange(1 << 20)}".encode()
+        kind = self._rng.choice([Of.GET, Of.GET, Of.PUT, Of.PUT, Of.CAS, Of.CAS, Of.DELETE])
+        if kind is Of.PUT:
+            return Call(kind, key, value)
+        if kind is Of.CAS:
+            return Call(kind, key, value, self._last.get(key))
+        return Call(kind, key)
+
+    def _send(self, calls: list[Call]) -> None:
+        requests = []
+        opened: dict[int, tuple[int, Call]] = {}
+        for call in calls:
+            self._number += 1
+            opened[self._number] = (self._history.invoke(self.name, call), call)
+            name = self.key.public[:4] + self._number.to_bytes(4, "big")
+            requests.append(Request(self._number, name + to_operation(call)))
+        body = encode(BundleBody(self._reach.newest().group, self.key.public, tuple(requests)))
+        self._open = Open(encode(Bundle(body, self.key.sign(bundle_bytes(body)))), opened)
+        near = self._rng.choice(self._reach.newest().members)
+        self._reach.ask(self, near.replica, self._open.frame)
+        self._plan_retry(self._open)
+
+    def _plan_retry(self, waiting: Open) -> None:
+        def again() -> None:
+            if self._open is waiting:
+                for member in self._reach.newest().members:
+                    self._reach.ask(self, member.replica, waiting.frame)
+                waiting.retry_s = min(MAX_RETRY_S, 2 * waiting.retry_s)
+                self._plan_retry(waiting)
+
+        self._reach.schedule.after(waiting.retry_s * self._rng.uniform(0.8, 1.2), again)
+
+    def receive(self, body: bytes) -> None:
+        """A frame of some machine. What is not a correctly signed reply to an open request is nothing."""
+        try:
+            message = decode_client(body)
+        except BadError:
+            return
+        if isinstance(message, Overloaded) or not isinstance(message, Replies) or self._open is None:
+            return
+        record = self._record(message.c)
+        member = record.member(message.replica) if record is not None else None
+        if record is None or member is None:
+            return
+        root = reply_root(reply_leaf(self.key.public, message.results), message.path)
+        signed = LAYOUT[Kind.REPLY].pack(message.slot, root)
+        name = statement_bytes(Kind.REPLY, record.group, member.replica, record.c, signed)
+        if not self._verifier.verify(member.kss_key, name, message.signature):
+            return
+        for result in message.results:
+            votes = self._open.votes[message.c, result.number, result.result]
+            votes.add(message.replica)
+            if len(votes) == record.f + 1 and result.number in self._open.calls:
+                self._answered(result.number, result.result)
+        if not self._open.calls:
+            self._open = None
+            self._plan()
+
+    def _record(self, c: int) -> ConfigRecord | None:
+        newest = self._reach.newest()
+        self._records[newest.c] = newest
+        return self._records.get(c)
+
+    def _answered(self, number: int, data: bytes) -> None:
+        assert self._open is not None
+        handle, call = self._open.calls.pop(number)
+        self._history.complete(handle, to_result(call, data))
+        self.answered += 1
+        if call.kind is Of.GET:
+            value = to_result(call, data)
+            self._last[call.key] = value if isinstance(value, bytes) else None
+        elif call.kind is Of.PUT:
+            self._last[call.key] = call.value
