@@ -22,12 +22,11 @@ class Profile:
     partition_s: float = 1.0
     byzantine: bool = False  # f machines are taken over from the beginning
     replacements: int = 0  # machines replaced by reconfiguration, one after the other
+    mobile: bool = False  # after each replacement another machine is taken over
     trouble_s: float = 12.0  # virtual seconds of all this; then the network heals and all correct machines run
     clients: int = 3
     operations: int = 40  # of each client
     keys: int = 3
-    checkpoint_period: int = 4
-    window: int = 16
 
 
 PROFILES: dict[str, Profile] = {
@@ -41,5 +40,8 @@ PROFILES: dict[str, Profile] = {
     "replace": Profile(replacements=2),
     "replace-crash": Profile(replacements=2, crashes=0.3, weather=_DROPS),
     "chaos": Profile(weather=_STORM, crashes=0.3, partitions=0.1, byzantine=True),
-    "all": Profile(weather=_STORM, crashes=0.2, partitions=0.1, byzantine=True, replacements=2),
+    "mobile": Profile(byzantine=True, replacements=3, mobile=True, trouble_s=18.0),
+    "all": Profile(
+        weather=_STORM, crashes=0.2, partitions=0.1, byzantine=True, replacements=3, mobile=True, trouble_s=18.0
+    ),
 }

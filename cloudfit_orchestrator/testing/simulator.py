@@ -94,6 +94,7 @@ class Simulation:
         self._history = History()
         self._agreed: dict[tuple[int, Kind, int], tuple[bytes, str]] = {}
         self._trouble = False
+        self._off: set[str] = set()  # machines that stay off
         self._machines: dict[str, Machine] = {}
         signers = [keys.generate(self._stream(f"client {i}")) for i in range(profile.clients)]
         self.controller = SimController(
@@ -102,13 +103,7 @@ class Simulation:
             f=self._f,
             k=0,
             algorithm=algorithm,
-            parameters=Parameters(
-                checkpoint_period=profile.checkpoint_period,
-                window=profile.window,
-                max_batch_requests=8,
-                max_batch_bytes=1 << 16,
-                client_window=64,
-            ),
+            parameters=self._parameters(),
             clients=tuple(
                 Client(f"client{i}", signer.public, b"certificate %d" % i) for i, signer in enumerate(signers)
             ),
@@ -133,6 +128,12 @@ class Simulation:
             for i, signer in enumerate(signers)
         }
 
+    def _parameters(self) -> Parameters:
+        period, window = self._stream("parameters").choice([(4, 16), (4, 16), (2, 8), (4, 4), (8, 24)])
+        return Parameters(
+            checkpoint_period=period, window=window, max_batch_requests=8, max_batch_bytes=1 << 16, client_window=64
+        )
+
     def _stream(self, purpose: str) -> random.Random:
         """Randomness of its own for each purpose, so that a change in one place does not change all others."""
         return random.Random(self._rng.getrandbits(64) ^ int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8]))
@@ -142,9 +143,8 @@ class Simulation:
         behaviour: Behaviour | None = None
         lies = False
         if taken:
-            how, behaviour = behaviours.choose(rng)
+            behaviour = self._misbehave(f"{replica}#{incarnation}", rng)
             lies = rng.random() < 0.4
-            self.trace(f"{replica}#{incarnation}", f"is Byzantine: {how}{' and lies' if lies else ''}")
         identity = Identity(GROUP, replica, incarnation)
         machine = Machine(
             self,
@@ -160,6 +160,11 @@ class Simulation:
         )
         self._machines[machine.name] = machine
         return machine
+
+    def _misbehave(self, name: str, rng: random.Random) -> Behaviour:
+        how, behaviour = behaviours.choose(rng)
+        self.trace(name, f"is Byzantine: {how}")
+        return behaviour
 
     # -------------------------------------------------------------------------------------------------------- the run
     def run(self) -> Report:
@@ -209,7 +214,7 @@ class Simulation:
         self.network.weather = PROFILES["calm"].weather
         self.trace("world", "healed")
         for machine in self._group:
-            if not machine.running:
+            if not machine.running and machine.name not in self._off:
                 machine.start()
 
     def _finish(self, what: str) -> None:
@@ -264,7 +269,7 @@ class Simulation:
 
     def _boot_later(self, machine: Machine, delay_s: float) -> None:
         def boot() -> None:
-            if not machine.running and machine in self._group:
+            if not machine.running and machine in self._group and machine.name not in self._off:
                 machine.start()
             elif machine.crash_in_effects is not None:
                 self._boot_later(machine, 0.1)
@@ -298,12 +303,20 @@ class Simulation:
             return
         machines = [new if m is old else m for m in self._group]
         self._group.append(new)  # may crash and be parted from now on, like all others
+        if self._stream("switch").random() < 0.3:
+            old.crash()  # it was frozen and paused: its vote is not there
+            self._off.add(old.name)
         self.controller.reconfigure(machines, lambda: self._switched(old, machines))
 
     def _switched(self, old: Machine, machines: list[Machine]) -> None:
         self.trace("world", f"{old.name} is gone")
         old.crash()
         self._group = machines
+        if self.profile.mobile and self._trouble and sum(not m.correct for m in machines) < self._f:
+            # The adversary moves on. Who was faulty before counted in the configuration that has just been replaced.
+            rng = self._stream("mobile")
+            moved = rng.choice([m for m in machines if m.correct])
+            moved.behaviour = self._misbehave(moved.name, rng)
         for machine in machines:
             if not machine.running and not self._trouble:
                 machine.start()
