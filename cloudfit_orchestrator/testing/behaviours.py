@@ -20,6 +20,7 @@ from cloudfit_orchestrator.bft.messages import (
     NewView,
     PeerMessage,
     Prepare,
+    Req,
     Skip,
     Stable,
     StatementMessage,
@@ -39,12 +40,19 @@ Done = list[tuple[float, Effect]]  # what is done: delay in seconds and effect, 
 MAX_KEPT = 200  # frames kept for replay
 
 
-class OnSend:
-    """Base of behaviours that change what is sent to peers, and nothing else."""
+class Deaf:
+    """Base of behaviours that do not depend on what others say."""
 
     def __init__(self, rng: random.Random) -> None:
         """`rng` makes all choices."""
         self._rng = rng
+
+    def hear(self, body: bytes) -> None:
+        """See `Behaviour`."""
+
+
+class OnSend(Deaf):
+    """Base of behaviours that change what is sent to peers, and nothing else."""
 
     def effects(self, machine: Machine, effect: Effect) -> Done:
         """See `Behaviour`."""
@@ -189,14 +197,10 @@ class Garbage(OnSend):
         return [(0, effect), (0, Send(effect.peer, bytes(body))), (0, Send(effect.peer, noise))]
 
 
-class WrongStatements:
+class WrongStatements(Deaf):
     """Has the KSS sign wrong checkpoints, decisions, confirmations and roots of replies: the wormhole cannot tell."""
 
     KINDS = frozenset({Kind.CHECKPOINT, Kind.DECIDED, Kind.REPLY, Kind.CONFIRM})
-
-    def __init__(self, rng: random.Random) -> None:
-        """`rng` chooses when."""
-        self._rng = rng
 
     def effects(self, machine: Machine, effect: Effect) -> Done:
         """See `Behaviour`."""
@@ -207,12 +211,8 @@ class WrongStatements:
         return [(0, effect)]
 
 
-class AsksForViews:
+class AsksForViews(Deaf):
     """Asks for later views all the time, and for absurd ones."""
-
-    def __init__(self, rng: random.Random) -> None:
-        """`rng` chooses the targets."""
-        self._rng = rng
 
     def effects(self, machine: Machine, effect: Effect) -> Done:
         """See `Behaviour`."""
@@ -228,12 +228,12 @@ class AsksForViews:
         return [*found, *((0, Send(peer, statement)) for peer in machine.peers)]
 
 
-class Forges:
+class Forges(Deaf):
     """At some moment certifies a message that breaks the rules in place of its own, shows it, and then no more."""
 
     def __init__(self, rng: random.Random) -> None:
-        """`rng` chooses which and when."""
-        self._rng = rng
+        """See `Deaf`."""
+        super().__init__(rng)
         self._left = rng.randint(0, 60)
 
     def effects(self, machine: Machine, effect: Effect) -> Done:
@@ -270,6 +270,81 @@ class Forges:
         return self._rng.choice(choices)
 
 
+class PlantsRequests(Deaf):
+    """Sends a VIEW-CHANGE whose certificate holds, but has one REQ more, which is forged; and asks for that view."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """See `Deaf`."""
+        super().__init__(rng)
+        self._heard: dict[str, Req] = {}
+        self._c = 0
+        self._done = False
+
+    def hear(self, body: bytes) -> None:
+        """See `Behaviour`."""
+        try:
+            message = decode_peer(body)
+        except BadError:
+            return
+        if isinstance(message, StatementMessage) and message.kind == Kind.REQ:
+            if message.c != self._c:
+                self._c = message.c
+                self._heard.clear()
+            (target,) = LAYOUT[Kind.REQ].unpack(message.body)
+            self._heard[message.replica] = Req(message.replica, target, message.signature)
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        if not isinstance(effect, Certify):
+            return [(0, effect)]
+        if self._done:
+            return []
+        good = [req for req in self._heard.values() if req.replica != machine.identity.replica and effect.c == self._c]
+        others = sorted({peer.split("#")[0] for peer in machine.peers} - {req.replica for req in good})
+        if not good or not others:
+            return [(0, effect)]
+        g = good[0].target
+        try:
+            absurd = LAYOUT[Kind.REQ].pack(1 << 60)
+            mine = machine.wormhole.sign(effect.c, Kind.REQ, absurd)
+            certificate = (
+                good[0],
+                Req(machine.identity.replica, 1 << 60, mine),
+                Req(others[0], 1 << 60, bytes(64)),
+            )
+            header = encode(ViewChange(effect.c, g, certificate, ()))
+            ui = machine.wormhole.create_ui(machine.session(effect.c), effect.c, effect.cv, message_digest(header, b""))
+        except Refusal:
+            return [(0, effect)]
+        self._done = True
+        me = machine.identity.replica
+        frames = [
+            encode(StreamMessage(effect.c, me, effect.cv, header, b"", ui)),
+            encode(StatementMessage(effect.c, me, Kind.REQ, absurd, mine)),
+        ]
+        return [(0, Send(peer, frame)) for peer in machine.peers for frame in frames]
+
+
+class CrowdsCheckpoints(Deaf):
+    """Signs CHECKPOINTs for slots that have none, to crowd out the others."""
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        found: Done = [(0, effect)]
+        if not isinstance(effect, Sign) or effect.kind is not Kind.CHECKPOINT:
+            return found
+        slot, digest = LAYOUT[Kind.CHECKPOINT].unpack(effect.body)
+        for more in range(1, 20):
+            body = LAYOUT[Kind.CHECKPOINT].pack(slot + more, digest)
+            try:
+                signature = machine.wormhole.sign(effect.c, Kind.CHECKPOINT, body)
+            except Refusal:
+                return found
+            frame = encode(StatementMessage(effect.c, machine.identity.replica, Kind.CHECKPOINT, body, signature))
+            found += [(0, Send(peer, frame)) for peer in machine.peers]
+        return found
+
+
 ALL: dict[str, Callable[[random.Random], Behaviour]] = {
     "silent": Silent,
     "selective": SelectiveSend,
@@ -279,6 +354,8 @@ ALL: dict[str, Callable[[random.Random], Behaviour]] = {
     "wrong-statements": WrongStatements,
     "asks-for-views": AsksForViews,
     "forges": Forges,
+    "plants-requests": PlantsRequests,
+    "crowds-checkpoints": CrowdsCheckpoints,
     "replays": Replays,
     "delays": DelaysUIs,
     "corrupt-chunks": CorruptChunks,
@@ -293,6 +370,11 @@ class Together:
     def __init__(self, parts: list[Behaviour]) -> None:
         """In this order."""
         self._parts = parts
+
+    def hear(self, body: bytes) -> None:
+        """See `Behaviour`."""
+        for part in self._parts:
+            part.hear(body)
 
     def effects(self, machine: Machine, effect: Effect) -> Done:
         """See `Behaviour`."""

@@ -73,6 +73,10 @@ class Behaviour(Protocol):
         """What is done instead of `effect`: (delay in seconds, effect) in order; the empty list does nothing."""
         ...
 
+    def hear(self, body: bytes) -> None:
+        """A frame of a peer arrived."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -212,6 +216,8 @@ class Machine:
     def receive(self, peer: str, body: bytes) -> None:
         """A frame of another machine; dropped, as the transport does, if its sender is not one to accept."""
         if self.replica is not None and peer in self.replica.peers:
+            if self.behaviour is not None:
+                self.behaviour.hear(body)
             self._call(lambda replica: replica.receive(peer, body))
 
     def from_client(self, client: bytes, body: bytes) -> None:
