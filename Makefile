@@ -7,7 +7,9 @@ AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE
 JOBS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit vm clean
+# One after the other: the linters before the tests, the quick tests before the machines.
+.NOTPARALLEL:
+.PHONY: help setup python demo test lint unit vm clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
@@ -19,18 +21,21 @@ help:
 setup:
 	@tools/bootstrap
 
+python:
+	@tools/bootstrap --no-daemons
+
 demo: setup
 	$(AS_ROOT) $(BIN)/cloudfit demo
 
 test: lint unit vm
 
-lint: setup
+lint: python
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup
+unit: python
 	$(BIN)/pytest -n $(JOBS) -m 'not vm and not image'
 
 vm: setup
