@@ -3,7 +3,7 @@
 Rules: (1) TLS 1.3 with certificates on both sides, or no connection. (2) OpenSSL checks the chain against all
 authorities known at that moment; that only keeps strangers out. (3) Who it is, is decided here, after the handshake: a
 client if the certificate's bytes stand in the list of clients; a peer if the authority *of the very incarnation that
-its common name claims* signed it: each incarnation has an authority of its own, and none speaks for another. (4) Nothing
+its common name claims* signed it: each incarnation has an authority of its own, none speaks for another. (4) Nothing
 is believed because of TLS: votes and replies carry signatures of their own.
 """
 

@@ -1,0 +1,188 @@
+"""The durability rule (bft/effects.py): what must be on disk before something leaves, and how many share one fsync.
+
+Log operations and actions stand in one queue. While one fsync runs in a thread, the queue grows; the next round takes
+all of it: writes what is to be written, syncs once, then carries out the actions in their order. On a full disk the
+round is tried again until there is room, and no action of it or behind it is carried out: the replica has stopped
+voting. After a failed write nothing is carried out any more.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from cloudfit_orchestrator.bft.effects import Append, DropSnapshots, Rewrite, SaveSnapshot
+from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
+from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError
+from cloudfit_orchestrator.guest.wal import WriteAheadLog
+
+MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: take no more input
+MAX_WAITING_SAVES = 4  # snapshots not on disk yet; the oldest gives way, it is never answered
+FULL_RETRY_S = 1.0
+
+Action = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Round:
+    rewrite: tuple[bytes, ...] | None = None
+    appends: list[bytes] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
+
+
+class Durable:
+    """The state disk of a replica, as the event loop sees it."""
+
+    def __init__(
+        self, state: Path, trouble: Callable[[str, str], None], crash: Callable[[BaseException], None]
+    ) -> None:
+        """Opens what is there. Blocks. `trouble(state, fact)` hears of `full`, `failed` and `ok` (again), `crash` of
+        an error that nobody expected.
+        """
+        state.mkdir(parents=True, exist_ok=True)
+        self.log = WriteAheadLog(state / "wal")
+        self.snapshots = SnapshotFiles(state / "snapshots")
+        self._trouble = trouble
+        self._crash = crash
+        self._full: set[str] = set()
+        self.failed = False
+        self.syncs = 0  # rounds that wrote
+        self._queue: deque[bytes | Rewrite | Action] = deque()
+        self._waiting_bytes = 0
+        self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
+        self._log_task: asyncio.Task[None] | None = None
+        self._job_task: asyncio.Task[None] | None = None
+        self._log_thread = ThreadPoolExecutor(1, "log")
+        self._job_thread = ThreadPoolExecutor(1, "snapshots")
+
+    @property
+    def stalled(self) -> bool:
+        """Too much waits for the disk, or it has failed: the replica must not be fed any more."""
+        return self.failed or self._waiting_bytes > MAX_WAITING_BYTES
+
+    def write(self, effect: Append | Rewrite) -> None:
+        """Queue a log operation."""
+        records = (effect.record,) if isinstance(effect, Append) else effect.records
+        self._waiting_bytes += sum(map(len, records))
+        self._queue.append(effect.record if isinstance(effect, Append) else effect)
+        self._start()
+
+    def after(self, action: Action) -> None:
+        """Carry `action` out once everything written before it is durable; at once if it is."""
+        if not self._queue and self._log_task is None and not self.failed:
+            action()
+        else:
+            self._queue.append(action)
+            self._start()
+
+    def save(self, effect: SaveSnapshot, saved: Action) -> None:
+        """Persist a snapshot in another thread, then call `saved`."""
+        saves = [job for job in self._jobs if not isinstance(job, DropSnapshots)]
+        if len(saves) >= MAX_WAITING_SAVES:
+            self._jobs.remove(saves[0])
+        self._add_job((effect, saved))
+
+    def drop(self, effect: DropSnapshots) -> None:
+        """Forget snapshots, but not before the log that no longer refers to them is durable."""
+        self.after(lambda: self._add_job(effect))
+
+    async def close(self) -> None:
+        """Wait for the round under way, then close. What waits is lost, as in a crash."""
+        self.failed = True
+        self._queue.clear()
+        self._jobs.clear()
+        tasks = [task for task in (self._log_task, self._job_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._log_thread.shutdown)
+        await asyncio.to_thread(self._job_thread.shutdown)
+        self.log.close()
+
+    def _start(self) -> None:
+        if self._log_task is None and not self.failed:
+            self._log_task = asyncio.get_running_loop().create_task(self._write_rounds())
+            self._log_task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failed = True
+            self._crash(error)
+
+    async def _write_rounds(self) -> None:
+        try:
+            while self._queue and not self.failed:
+                current = self._next_round()
+                if current.rewrite is not None or current.appends:
+                    if not await self._until_room("log", self._log_thread, partial(self._commit, current)):
+                        return
+                    self.syncs += 1
+                    self._waiting_bytes -= sum(map(len, current.appends)) + sum(map(len, current.rewrite or ()))
+                for action in current.actions:
+                    action()
+        finally:
+            self._log_task = None
+
+    def _next_round(self) -> _Round:
+        current = _Round()
+        while self._queue:
+            item = self._queue.popleft()
+            if isinstance(item, bytes):
+                current.appends.append(item)
+            elif isinstance(item, Rewrite):
+                self._waiting_bytes -= sum(map(len, current.appends)) + sum(map(len, current.rewrite or ()))
+                current.rewrite, current.appends = item.records, []  # it replaces what was appended before
+            else:
+                current.actions.append(item)
+        return current
+
+    def _commit(self, current: _Round) -> None:
+        if current.rewrite is not None:
+            self.log.rewrite((*current.rewrite, *current.appends))
+        else:
+            self.log.append(current.appends)
+
+    def _add_job(self, job: tuple[SaveSnapshot, Action] | DropSnapshots) -> None:
+        self._jobs.append(job)
+        if self._job_task is None and not self.failed:
+            self._job_task = asyncio.get_running_loop().create_task(self._do_jobs())
+            self._job_task.add_done_callback(self._ended)
+
+    async def _do_jobs(self) -> None:
+        try:
+            while self._jobs and not self.failed:
+                job = self._jobs.popleft()
+                if isinstance(job, DropSnapshots):
+                    await self._until_room("snapshots", self._job_thread, partial(self.snapshots.keep_only, job.keep))
+                    continue
+                save, saved = job
+                work = partial(self.snapshots.save, save.c, save.slot, save.snapshot)
+                if await self._until_room("snapshots", self._job_thread, work):
+                    saved()
+        finally:
+            self._job_task = None
+
+    async def _until_room(self, what: str, thread: ThreadPoolExecutor, work: Callable[[], object]) -> bool:
+        """Do `work`, again while the disk is full; False if the disk failed."""
+        while not self.failed:
+            try:
+                await asyncio.get_running_loop().run_in_executor(thread, work)
+            except DiskFullError as error:
+                if what not in self._full:
+                    self._full.add(what)
+                    self._trouble("full", str(error))
+                await asyncio.sleep(FULL_RETRY_S)
+                if what == "snapshots" and any(isinstance(job, DropSnapshots) for job in self._jobs):
+                    return False  # dropping makes room, and the core will make another snapshot
+            except DiskFailedError as error:
+                self.failed = True
+                self._trouble("failed", str(error))
+            else:
+                if what in self._full:
+                    self._full.discard(what)
+                    self._trouble("ok", f"there is room for the {what} again")
+                return True
+        return False
