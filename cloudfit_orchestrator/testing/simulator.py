@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ LIVENESS_S = 90.0  # after the healing, until all clients have their answers: so
 MAX_LOG_RECORDS = 4000  # of one machine: far above a few windows
 MAX_SNAPSHOTS = 16  # kept on one disk
 TRACE_LINES = 400  # kept for the report
+Changes = dict[str, Any]  # fields of a Profile
 
 
 @dataclass(slots=True)
@@ -77,13 +78,13 @@ class FailedError(AssertionError):
 class Simulation:
     """One run. Use `simulate`."""
 
-    def __init__(self, seed: int, n: int, algorithm: Algorithm, name: str, keys: Keys) -> None:
+    def __init__(self, seed: int, n: int, algorithm: Algorithm, name: str, *, keys: Keys, changes: Changes) -> None:
         """Machines, clients and controller, all off."""
         self.report_ = Report(
             f"python -m cloudfit_orchestrator.testing.simulator --seed {seed} --n {n} --algorithm {algorithm}"
-            f" --profile {name}"
+            f" --profile {name}" + "".join(f" --set {field}={value}" for field, value in changes.items())
         )
-        self.profile = profile = PROFILES[name]
+        self.profile = profile = replace(PROFILES[name], **changes)
         self.schedule = Schedule()
         self._keys = keys
         self._rng = random.Random(f"{seed}/{n}/{algorithm}/{name}")
@@ -393,10 +394,23 @@ class Simulation:
         self.report_.figures[name] = value
 
 
-def simulate(seed: int, n: int, algorithm: Algorithm, profile: str, *, real_keys: bool = False) -> Report:
-    """Run one seed of `profile` (a name in PROFILES) with `n` replicas, of which (n-1)//2 may be faulty."""
+def simulate(
+    seed: int, n: int, algorithm: Algorithm, profile: str, *, real_keys: bool = False, changes: Changes | None = None
+) -> Report:
+    """Run one seed of `profile` (a name in PROFILES) with `n` replicas, of which (n-1)//2 may be faulty.
+
+    `changes` of the profile's fields help to make a failed run smaller.
+    """
     keys: Keys = RealKeys() if real_keys else KeyRing()
-    return Simulation(seed, n, algorithm, profile, keys).run()
+    return Simulation(seed, n, algorithm, profile, keys=keys, changes=changes or {}).run()
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    kind = type(getattr(PROFILES["calm"], name, None))
+    if kind not in {int, float, bool}:
+        raise argparse.ArgumentTypeError(f"{name} is no number in a profile")
+    return name, kind(float(value))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -408,11 +422,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--algorithm", type=Algorithm, choices=list(Algorithm), default=Algorithm.EBAWA)
     parser.add_argument("--profile", choices=sorted(PROFILES), default="chaos")
     parser.add_argument("--real-keys", action="store_true", help="Ed25519 in place of keyed hashes")
+    parser.add_argument("--set", type=_change, action="append", default=[], metavar="FIELD=NUMBER", dest="changes")
     parser.add_argument("--trace", type=int, default=0, metavar="LINES", help="print the last lines of the trace")
     chosen = parser.parse_args(arguments)
     failed = 0
     for seed in range(chosen.seed, chosen.seed + chosen.seeds):
-        report = simulate(seed, chosen.n, chosen.algorithm, chosen.profile, real_keys=chosen.real_keys)
+        report = simulate(
+            seed,
+            chosen.n,
+            chosen.algorithm,
+            chosen.profile,
+            real_keys=chosen.real_keys,
+            changes=dict(chosen.changes),
+        )
         if chosen.trace:
             print("\n".join(list(report.trace)[-chosen.trace :]))
         print(f"seed {seed}: {report}")
