@@ -1,8 +1,8 @@
 """Messages of the replication protocol and their encoding (msgpack arrays, tagged by a small integer).
 
 Stream messages (protocol §3) are a header, a payload and a UI over H(header ‖ H(payload)). The header is kept as the
-bytes received: those were signed. PREPARE and SKIP have no payload, so a COMMIT that carries their header and UI carries
-the whole message; a batch is named in the PREPARE by its digest and travels beside it.
+bytes received: those were signed. Only a NEW-VIEW has a payload; so a COMMIT that carries header and UI of a PREPARE or SKIP
+carries the whole message. A batch is named in the PREPARE by its digest and travels beside it.
 """
 
 from typing import Final
@@ -26,7 +26,7 @@ class Frozen(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 # ------------------------------------------------------------------------------------------- headers of stream messages
-class Prepare(Frozen, tag=1):
+class Prepare(Frozen, frozen=True, tag=1):
     """PREPARE(c, g, s, D): the proposer of s proposes the batch with digest D."""
 
     c: int
@@ -35,7 +35,7 @@ class Prepare(Frozen, tag=1):
     batch: bytes
 
 
-class Skip(Frozen, tag=2):
+class Skip(Frozen, frozen=True, tag=2):
     """SKIP(c, g, s1..s2): the proposer of s1 and s2 proposes no-ops for all its slots of the range."""
 
     c: int
@@ -44,7 +44,7 @@ class Skip(Frozen, tag=2):
     s2: int
 
 
-class Entry(Frozen):
+class Entry(Frozen, frozen=True):
     """One vote in a COMMIT: it carries the PREPARE or SKIP with its UI; s1 = s2 = s for a PREPARE."""
 
     s1: int
@@ -55,7 +55,7 @@ class Entry(Frozen):
     certificate: bytes
 
 
-class Commit(Frozen, tag=3):
+class Commit(Frozen, frozen=True, tag=3):
     """COMMIT(c, g, entries): at most L entries."""
 
     c: int
@@ -63,7 +63,7 @@ class Commit(Frozen, tag=3):
     entries: tuple[Entry, ...]
 
 
-class Named(Frozen):
+class Named(Frozen, frozen=True):
     """A stream message by its place: (replica, counter, message digest)."""
 
     replica: str
@@ -71,14 +71,14 @@ class Named(Frozen):
     digest: bytes
 
 
-class Signed(Frozen):
+class Signed(Frozen, frozen=True):
     """A replica's signature over a statement whose body the context gives."""
 
     replica: str
     signature: bytes
 
 
-class Stable(Frozen, tag=4):
+class Stable(Frozen, frozen=True, tag=4):
     """STABLE(c, h', certificate, v, e, p, blacklist, retired, vector): states the whole state of its stream."""
 
     c: int
@@ -93,7 +93,7 @@ class Stable(Frozen, tag=4):
     vector: tuple[Named, ...]
 
 
-class Req(Frozen):
+class Req(Frozen, frozen=True):
     """A member's REQ for view `target`, inside a certificate."""
 
     replica: str
@@ -101,22 +101,25 @@ class Req(Frozen):
     signature: bytes
 
 
-class ViewChange(Frozen, tag=5):
-    """VIEW-CHANGE(c, g, certificate); payload `Log`."""
+class ViewChange(Frozen, frozen=True, tag=5):
+    """VIEW-CHANGE(c, g, certificate, known RETIREs). Its log O is the sender's stream before it: a stream has one
+    message per counter, so every judge that has read it to here holds O, and none needs it carried.
+    """
 
     c: int
     g: int
     certificate: tuple[Req, ...]
+    retires: tuple[bytes, ...]
 
 
-class Wedge(Frozen, tag=6):
-    """VIEW-CHANGE(c', 0): the last message of a stream of c; `prepared` is the envelope of PREPARED(c'). Payload `Log`."""
+class Wedge(Frozen, frozen=True, tag=6):
+    """VIEW-CHANGE(c', 0): the last message of a stream of c; `prepared` is the envelope of PREPARED(c')."""
 
     c: int
     prepared: bytes
 
 
-class NewView(Frozen, tag=7):
+class NewView(Frozen, frozen=True, tag=7):
     """NEW-VIEW(c, g, h*, s_max, blacklist', retired'); payload `Merge`."""
 
     c: int
@@ -127,7 +130,7 @@ class NewView(Frozen, tag=7):
     retired: tuple[str, ...]
 
 
-class CommitNewView(Frozen, tag=8):
+class CommitNewView(Frozen, frozen=True, tag=8):
     """COMMIT(NEW-VIEW): carries header and UI of the NEW-VIEW by leader(c, g)."""
 
     c: int
@@ -142,8 +145,8 @@ Header = Prepare | Skip | Commit | Stable | ViewChange | Wedge | NewView | Commi
 
 
 # ------------------------------------------------------------------------------------------------------- wire messages
-class StreamMessage(Frozen, tag=20):
-    """Message `cv` of `replica`'s stream in c. `batch` is outside the UI: attached to a PREPARE if the sender has it."""
+class StreamMessage(Frozen, frozen=True, tag=20):
+    """Message `cv` of `replica`'s stream in c. `batch` is outside the UI: it comes with a PREPARE where it is held."""
 
     c: int
     replica: str
@@ -159,18 +162,7 @@ class StreamMessage(Frozen, tag=20):
         return message_digest(self.header, self.payload)
 
 
-class Log(Frozen):
-    """Payload of VIEW-CHANGE and wedge. The log O is the sender's stream after counter `start` (0: the epoch's start)
-    and before this message: a stream has one message per counter, so naming it is as good as carrying it; who lacks a
-    part fetches it. `attestation`: STABLEs of others whose vectors attest the start. `retires`: RETIRE orders known.
-    """
-
-    start: int
-    attestation: tuple[StreamMessage, ...]
-    retires: tuple[bytes, ...]
-
-
-class Choice(Frozen):
+class Choice(Frozen, frozen=True):
     """One slot of S: the proposal of the highest view `g`, or NOOP."""
 
     s: int
@@ -178,14 +170,14 @@ class Choice(Frozen):
     batch: bytes
 
 
-class Merge(Frozen):
+class Merge(Frozen, frozen=True):
     """Payload of a NEW-VIEW: the VIEW-CHANGEs it is computed from, and S."""
 
     view_changes: tuple[Named, ...]
     choices: tuple[Choice, ...]
 
 
-class StatementMessage(Frozen, tag=21):
+class StatementMessage(Frozen, frozen=True, tag=21):
     """A KSS-signed statement; `kind` and `body` as in model.statement."""
 
     c: int
@@ -195,7 +187,7 @@ class StatementMessage(Frozen, tag=21):
     signature: bytes
 
 
-class Fetch(Frozen, tag=22):
+class Fetch(Frozen, frozen=True, tag=22):
     """Ask for messages first..last of a stream."""
 
     c: int
@@ -204,38 +196,45 @@ class Fetch(Frozen, tag=22):
     last: int
 
 
-class Discarded(Frozen, tag=23):
+class Discarded(Frozen, frozen=True, tag=23):
     """Answer to a FETCH of a discarded counter: the newest attested STABLE that is kept, with its attestation."""
 
     stable: StreamMessage
     attestation: tuple[StreamMessage, ...]
 
 
-class FetchBatches(Frozen, tag=24):
+class FetchNewView(Frozen, frozen=True, tag=33):
+    """Ask for the NEW-VIEW(c, g) message, which is kept while its view is current."""
+
+    c: int
+    g: int
+
+
+class FetchBatches(Frozen, frozen=True, tag=24):
     """Ask for batches by digest."""
 
     digests: tuple[bytes, ...]
 
 
-class BatchMessage(Frozen, tag=25):
+class BatchMessage(Frozen, frozen=True, tag=25):
     """A batch; its digest is computed."""
 
     batch: bytes
 
 
-class Forward(Frozen, tag=26):
+class Forward(Frozen, frozen=True, tag=26):
     """A client's bundle, handed on to a proposer."""
 
     bundle: bytes
 
 
-class StateQuery(Frozen, tag=27):
+class StateQuery(Frozen, frozen=True, tag=27):
     """Ask for the chunk hashes of the state with Merkle root `root`; an empty root asks an exporter for all it has."""
 
     root: bytes
 
 
-class StateIndex(Frozen, tag=28):
+class StateIndex(Frozen, frozen=True, tag=28):
     """Answer: the concatenated chunk hashes (32 bytes each)."""
 
     root: bytes
@@ -243,14 +242,14 @@ class StateIndex(Frozen, tag=28):
     hashes: bytes
 
 
-class ChunkQuery(Frozen, tag=29):
+class ChunkQuery(Frozen, frozen=True, tag=29):
     """Ask for chunks `indices` of the state with that root."""
 
     root: bytes
     indices: tuple[int, ...]
 
 
-class Chunk(Frozen, tag=30):
+class Chunk(Frozen, frozen=True, tag=30):
     """Answer: one chunk; empty `data` and `missing` if the holder cannot read it."""
 
     root: bytes
@@ -259,7 +258,7 @@ class Chunk(Frozen, tag=30):
     missing: bool = False
 
 
-class WedgeSet(Frozen, tag=31):
+class WedgeSet(Frozen, frozen=True, tag=31):
     """A set of wedges on base c from which the sender computed S for `successor`."""
 
     c: int
@@ -267,7 +266,15 @@ class WedgeSet(Frozen, tag=31):
     wedges: tuple[Named, ...]
 
 
-class EpochEndMessage(Frozen, tag=32):
+class Beacon(Frozen, frozen=True, tag=34):
+    """An unsigned hint, repeated: the sender's stream is at `cv` in c, its state after `slot`. Shows lost tails."""
+
+    c: int
+    cv: int
+    slot: int
+
+
+class EpochEndMessage(Frozen, frozen=True, tag=32):
     """EPOCH-END of a stopped member, handed round as its vote."""
 
     c: int
@@ -283,6 +290,7 @@ PeerMessage = (
     | StatementMessage
     | Fetch
     | Discarded
+    | FetchNewView
     | FetchBatches
     | BatchMessage
     | Forward
@@ -291,19 +299,20 @@ PeerMessage = (
     | ChunkQuery
     | Chunk
     | WedgeSet
+    | Beacon
     | EpochEndMessage
 )
 
 
 # ---------------------------------------------------------------------------------------------------- client messages
-class Request(Frozen):
+class Request(Frozen, frozen=True):
     """One operation of a client; `number` increases, and stays inside the client's window."""
 
     number: int
     operation: bytes
 
 
-class BundleBody(Frozen):
+class BundleBody(Frozen, frozen=True):
     """What a client signs, once for many requests."""
 
     group: str
@@ -311,21 +320,21 @@ class BundleBody(Frozen):
     requests: tuple[Request, ...]
 
 
-class Bundle(Frozen, tag=40):
+class Bundle(Frozen, frozen=True, tag=40):
     """A signed bundle: `body` is an encoded BundleBody, `signature` by the client's key under the tag `bundle`."""
 
     body: bytes
     signature: bytes
 
 
-class Result(Frozen):
+class Result(Frozen, frozen=True):
     """The result of one request."""
 
     number: int
     result: bytes
 
 
-class Replies(Frozen, tag=41):
+class Replies(Frozen, frozen=True, tag=41):
     """Results of one client in one slot. `signature`: the replica's KSS statement REPLY(c, slot, root); the client's
     leaf and `path` lead to the root.
     """
@@ -338,7 +347,7 @@ class Replies(Frozen, tag=41):
     signature: bytes
 
 
-class Overloaded(Frozen, tag=42):
+class Overloaded(Frozen, frozen=True, tag=42):
     """The replica has no room for these requests now; ask again later. Not an answer."""
 
     numbers: tuple[int, ...]
@@ -349,10 +358,9 @@ ClientMessage = Bundle | Replies | Overloaded
 
 # ------------------------------------------------------------------------------------------------------------- codecs
 _encode = msgspec.msgpack.Encoder().encode
-_headers = msgspec.msgpack.Decoder(Header)
-_peers = msgspec.msgpack.Decoder(PeerMessage)
-_clients = msgspec.msgpack.Decoder(ClientMessage)
-_logs = msgspec.msgpack.Decoder(Log)
+_headers: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
+_peers: msgspec.msgpack.Decoder[PeerMessage] = msgspec.msgpack.Decoder(PeerMessage)
+_clients: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _merges = msgspec.msgpack.Decoder(Merge)
 _bodies = msgspec.msgpack.Decoder(BundleBody)
 _MALFORMED = (msgspec.DecodeError, msgspec.ValidationError, RecursionError)
@@ -387,14 +395,6 @@ def decode_client(data: bytes) -> ClientMessage:
         return _clients.decode(data)
     except _MALFORMED as error:
         raise BadError(f"client message is malformed: {error}") from error
-
-
-def decode_log(data: bytes) -> Log:
-    """Raises BadError."""
-    try:
-        return _logs.decode(data)
-    except _MALFORMED as error:
-        raise BadError(f"log payload is malformed: {error}") from error
 
 
 def decode_merge(data: bytes) -> Merge:
@@ -436,5 +436,5 @@ def reply_node(left: bytes, right: bytes) -> bytes:
     return sha256(b"cloudfit/reply-node/v1\0", left, right)
 
 
-class _Results(Frozen):
+class _Results(Frozen, frozen=True):
     results: tuple[Result, ...]

@@ -48,6 +48,7 @@ class Parameters:
     max_batch_requests: int = 1024
     max_batch_bytes: int = 1 << 20
     client_window: int = 4096  # W: request numbers per client whose replies are kept
+    progress_timeout_ms: int = 2000  # before a view change is asked for; liveness only, doubles while nothing moves
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,592 @@
+"""All that the streams of one configuration say (protocol §3-§5): a receiver's view, the same for members and learners.
+
+Messages go in by `offer…`, `advance` processes what can be processed, in FIFO order a stream, and `slots.decisions()`
+are what follows. Nothing here speaks: a member's own voice is in `voice.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest
+from cloudfit_orchestrator.bft.evidence import Attestations, Batches, Certificate, Statements
+from cloudfit_orchestrator.bft.judge import Broken, Held, initial, judge, leader, stated
+from cloudfit_orchestrator.bft.merge import Merged, Missing, Proposal, Vote, merge, slots_of, vote_of
+from cloudfit_orchestrator.bft.messages import (
+    NOOP,
+    Choice,
+    Commit,
+    CommitNewView,
+    Discarded,
+    Header,
+    Named,
+    NewView,
+    Prepare,
+    Req,
+    Signed,
+    Skip,
+    Stable,
+    StreamMessage,
+    ViewChange,
+    Wedge,
+    decode_header,
+    decode_merge,
+)
+from cloudfit_orchestrator.bft.slots import Slots
+from cloudfit_orchestrator.bft.stream import Citation, Kept, Stream
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.orders import open_retire
+from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
+from cloudfit_orchestrator.model.signing import Verifier, sha256
+from cloudfit_orchestrator.model.ui import EpochEnd, epoch_end_bytes, ui_bytes
+
+WEDGE = -1  # the target under which wedge votes are kept
+MAX_VOTES_KEPT = 8  # view-change votes kept of one stream: the newest matter
+
+
+@dataclass(frozen=True, slots=True)
+class NewViewKept:
+    """A NEW-VIEW that stands."""
+
+    message: StreamMessage
+    header: NewView
+    choices: tuple[Choice, ...]
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What is missing, for the runtime of the core to fetch; rebuilt on every `advance`."""
+
+    batches: set[bytes] = field(default_factory=set)
+    views: set[int] = field(default_factory=set)
+    streams: dict[str, int] = field(default_factory=dict)  # replica -> counter needed
+
+    def add(self, missing: Missing) -> None:
+        """Take a merge's needs in."""
+        self.batches.update(missing.batches)
+        self.views.update(missing.views)
+        for replica, cv in missing.streams:
+            self.streams[replica] = max(cv, self.streams.get(replica, 0))
+
+
+class Configuration:
+    """See the module. Implements `judge.Evidence` and `merge.Lookup`."""
+
+    def __init__(
+        self, record: ConfigRecord, envelope_hash: bytes, verifier: Verifier, controller_keys: list[bytes]
+    ) -> None:
+        """`record` is ACTIVE; `envelope_hash` is its H."""
+        self.record = record
+        self.hash = envelope_hash
+        self._verifier = verifier
+        self._controllers = controller_keys
+        self.checker = BundleChecker(record, verifier)
+        self.statements = Statements(record, verifier)
+        self.attestations = Attestations(record)
+        self.batches = Batches(self.checker)
+        self.slots = Slots(record.h, record.quorums.commit)
+        start = initial(record)
+        self.streams = {m.replica: Stream(m.replica, start, envelope_hash) for m in record.members}
+        self.new_views: dict[int, NewViewKept] = {}
+        self.entered: set[int] = {0}  # views that some stream, known to stand, has entered
+        self.votes: dict[str, dict[int, Vote]] = {m.replica: {} for m in record.members}
+        self.epoch_ends: dict[str, EpochEnd] = {}
+        self.named: dict[bytes, int] = {}  # batches that standing proposals name -> highest slot
+        self.wanted = Wanted()
+        self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
+        self._cited: dict[tuple[str, int], list[tuple[str, Citation]]] = {}
+        self.jumps: list[StreamMessage] = []  # anchors that cursors jumped to, for the journal to take
+        self._merge_wants: set[bytes] = set()
+
+    # ------------------------------------------------------------------------------------------------- messages come in
+    def genuine(self, message: StreamMessage) -> bool:
+        """The UI is that member's, for this content."""
+        return self.certified(message.replica, message.cv, message.digest, message.certificate)
+
+    def certified(self, replica: str, cv: int, digest: bytes, certificate: bytes) -> bool:
+        """Whether the USIG of that member certified (cv, digest) in this configuration."""
+        member = self.record.member(replica)
+        if member is None or not 0 < cv < 1 << 63:
+            return False
+        message = ui_bytes(self.record.group, replica, self.record.c, cv, digest)
+        return self._verifier.verify(member.usig_key, message, certificate)
+
+    def offer(self, message: StreamMessage) -> bool:
+        """Buffer a stream message. False if its UI is wrong: blame who sent it."""
+        stream = self.streams.get(message.replica)
+        if stream is None or message.c != self.record.c:
+            return False
+        if not stream.wants(message.cv):
+            return True
+        if not self.genuine(message):
+            return False
+        stream.wait(bare(message))
+        return True
+
+    def offer_batch(self, data: bytes, named_by: bytes = b"") -> bytes | None:
+        """Hold a batch that a proposal names, or may: one that came with the genuine PREPARE `named_by`. Its digest if
+        it is new.
+        """
+        digest = batch_digest(data)
+        asked_for = digest in self.named or digest in self._merge_wants
+        if not asked_for and digest not in named_by:
+            return None
+        if not self.batches.add(digest, data):
+            return None
+        if digest in self.named:
+            self.batches.name(digest, self.named[digest])
+        return digest
+
+    def offer_view(self, message: StreamMessage) -> None:
+        """Take a NEW-VIEW that precedes what is held of its stream (answer to FETCH-NEW-VIEW)."""
+        stream = self.streams.get(message.replica)
+        if stream is None or message.c != self.record.c or not self.genuine(message):
+            return
+        try:
+            header = decode_header(message.header)
+        except BadError:
+            return
+        if isinstance(header, NewView) and leader(self.record, header.g) == message.replica:
+            if stream.stands(message.cv):
+                self._keep_view(message, header)
+
+    def offer_end(self, end: EpochEnd) -> bool:
+        """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
+        member = self.record.member(end.replica)
+        if member is None or end.c != self.record.c:
+            return False
+        if not self._verifier.verify(member.usig_key, epoch_end_bytes(self.record.group, end), end.signature):
+            return False
+        self.epoch_ends[end.replica] = end
+        return True
+
+    def offer_jump(self, message: Discarded) -> bool:
+        """Answer to a FETCH of a discarded counter. True if a cursor jumped."""
+        stable = message.stable
+        stream = self.streams.get(stable.replica)
+        if stream is None or stable.c != self.record.c or stable.cv <= stream.cursor or stream.ended is not None:
+            return False
+        if len(message.attestation) > self.record.n or not self.genuine(stable):
+            return False
+        for proof in message.attestation:
+            if proof.c == self.record.c and self.genuine(proof):
+                self._attest(proof)
+        return self._jump(stream, stable)
+
+    def _attest(self, message: StreamMessage) -> None:
+        try:
+            header = decode_header(message.header)
+        except BadError:
+            return
+        if isinstance(header, Stable) and header.c == self.record.c:
+            self.attestations.add(message, header)
+
+    def restore_anchor(self, message: StreamMessage) -> None:
+        """Start a stream at a STABLE of the own log."""
+        header = decode_header(message.header)
+        if isinstance(header, Stable):
+            stream = self.streams[message.replica]
+            kept = Kept(message, header, message.digest, stated(header))
+            stream.jump(kept)
+            self.entered.add(header.e)
+            self._count(kept)
+
+    def restore_view(self, message: StreamMessage) -> None:
+        """A NEW-VIEW of the own log."""
+        header = decode_header(message.header)
+        if isinstance(header, NewView):
+            self._keep_view(message, header)
+
+    # -------------------------------------------------------------------------------------------------------- processing
+    def advance(self) -> list[Kept]:
+        """Process all that can be, and return the messages that were accepted, in the order of processing."""
+        self.wanted = Wanted()
+        self._merge_wants = set()
+        done: list[Kept] = []
+        moved = True
+        while moved:
+            moved = False
+            for stream in self.streams.values():
+                while self._step(stream, done):
+                    moved = True
+        self._resolve_ended()
+        for digest in self.named:
+            if self.batches.valid(digest) is None:
+                self.wanted.batches.add(digest)
+        self._merge_wants |= self.wanted.batches
+        return done
+
+    def _step(self, stream: Stream, done: list[Kept]) -> bool:
+        """Process the next message of a stream, if it is there and can be judged."""
+        cv = stream.cursor + 1
+        message = stream.waiting.get(cv)
+        if message is None or stream.ended is not None:
+            return False
+        try:
+            header = decode_header(message.header)
+        except BadError:
+            self._end(stream, cv, "form: header does not decode")
+            return False
+        outcome = judge(self.record, stream.state, stream.replica, cv, header, message.payload, self)
+        match outcome:
+            case Held():
+                stream.held = outcome.why
+                return self._jump_ahead(stream)
+            case Broken():
+                if isinstance(header, Stable):  # also of an ended stream it is a signed statement
+                    self.attestations.add(message, header)
+                self._end(stream, cv, outcome.rule)
+                return False
+        stream.unwait(cv)
+        entries = self._citations(header) if isinstance(header, Commit) else ()
+        kept = Kept(message, header, message.digest, outcome, entries)
+        if isinstance(header, ViewChange | Wedge):
+            self._keep_vote(stream, kept)
+        stream.accept(kept)
+        self._count(kept)
+        done.append(kept)
+        return True
+
+    def _end(self, stream: Stream, cv: int, rule: str) -> None:
+        stream.end(cv, rule)
+        self.liars[stream.replica] = rule
+
+    def _jump_ahead(self, stream: Stream) -> bool:
+        """A held stream goes on from an attested STABLE that waits behind the message that holds it."""
+        attested = self.attestations.attested(stream.replica)
+        for cv in sorted((cv for cv in stream.waiting if stream.cursor < cv <= attested), reverse=True):
+            message = stream.waiting[cv]
+            try:
+                header = decode_header(message.header)
+            except BadError:
+                continue
+            if isinstance(header, Stable):
+                return self._jump(stream, message)
+        return False
+
+    def _jump(self, stream: Stream, message: StreamMessage) -> bool:
+        try:
+            header = decode_header(message.header)
+        except BadError:
+            return False
+        if not isinstance(header, Stable) or header.c != self.record.c:
+            return False
+        if message.cv > self.attestations.attested(stream.replica):
+            return False
+        if not self.stable_certificate(header.h, header.digest, header.certificate):
+            return False  # cannot be: an attested STABLE stands
+        skipped = [stream.waiting[cv] for cv in sorted(stream.waiting) if cv < message.cv]
+        kept = Kept(bare(message), header, message.digest, stated(header))
+        stream.jump(kept)
+        self.jumps.append(kept.message)
+        self.entered.add(header.e)
+        for old in skipped:  # what precedes an attested STABLE stands: keep the NEW-VIEWs, they may be needed
+            try:
+                view = decode_header(old.header)
+            except BadError:
+                continue
+            if isinstance(view, NewView):
+                self._keep_view(old, view)
+        self._count(kept)
+        return True
+
+    def _count(self, kept: Kept) -> None:
+        """What an accepted message adds: proposals, votes, certificates, views."""
+        header, replica, state = kept.header, kept.message.replica, kept.state
+        match header:
+            case Prepare() | Skip():
+                batch = header.batch if isinstance(header, Prepare) else NOOP
+                for s in slots_of(header, self.record, state, replica):
+                    self.slots.propose(Proposal(header.g, s, replica, kept.message.cv, batch))
+                    self._name(batch, s)
+            case Commit():
+                for citation in kept.entries:
+                    self._cite(replica, citation)
+            case Stable():
+                self.attestations.add(kept.message, header)
+                self.statements.certify(Certificate(header.h, header.digest, header.certificate))
+            case NewView():
+                view = self._keep_view(kept.message, header)
+                self._vote_view(view, replica)
+            case CommitNewView():
+                self.entered.add(header.g)
+                found = self.new_views.get(header.g)
+                if found is not None:
+                    self._vote_view(found, replica)
+                else:
+                    self.wanted.views.add(header.g)
+            case _:
+                pass
+        if kept.message.cv:
+            self._resolve(replica, kept.message.cv)
+
+    def _name(self, digest: bytes, s: int) -> None:
+        if digest != NOOP and s > self.slots.floor:
+            self.named[digest] = max(s, self.named.get(digest, 0))
+            self.batches.name(digest, s)
+
+    def _vote_view(self, view: NewViewKept, voter: str) -> None:
+        self.slots.vote_view(view.header.g, voter, view.choices)
+
+    def _keep_view(self, message: StreamMessage, header: NewView) -> NewViewKept:
+        choices = decode_merge(message.payload).choices
+        view = NewViewKept(bare(message), header, choices)
+        self.new_views[header.g] = view
+        self.entered.add(header.g)
+        for choice in choices:
+            self._name(choice.batch, choice.s)
+        return view
+
+    def _keep_vote(self, stream: Stream, kept: Kept) -> None:
+        header = kept.header
+        name = Named(stream.replica, kept.message.cv, kept.digest)
+        if isinstance(header, ViewChange):
+            target, retires = header.g, self._retires(header.retires)
+            for req in header.certificate:  # certificates travel: who sees one may join
+                if req.target > self.statements.requests.get(req.replica, (0, b""))[0]:
+                    self.statements.requests[req.replica] = (req.target, req.signature)
+        else:
+            target, retires = WEDGE, ()
+        if not stream.complete(self.record.parameters.window):
+            return  # read from an anchor too near to tell what the log holds: this judge cannot count the vote
+        votes = self.votes[stream.replica]
+        votes[target] = vote_of(self.record, name, stream.state, list(stream.kept.values()), retires)
+        for old in sorted(t for t in votes if t != WEDGE)[:-MAX_VOTES_KEPT]:
+            del votes[old]
+
+    def _retires(self, orders: Sequence[bytes]) -> tuple[str, ...]:
+        found = set()
+        for envelope in orders[: self.record.n]:
+            try:
+                order = open_retire(envelope, self._controllers)
+            except BadError:
+                continue
+            if (order.group, order.c) == (self.record.group, self.record.c) and self.record.member(order.replica):
+                found.add(order.replica)
+        return tuple(sorted(found))
+
+    # --------------------------------------------------------------------------------------------------------- citations
+    def _citations(self, header: Commit) -> tuple[Citation, ...]:
+        """The entries of a COMMIT that are what they claim; the proposals that they carry are offered to their streams."""
+        found = []
+        for entry in header.entries:
+            stream = self.streams.get(entry.proposer)
+            if stream is None:
+                continue
+            kept = stream.kept.get(entry.cv)
+            if kept is not None:
+                if kept.message.header != entry.header:
+                    continue
+                carried: Header = kept.header
+            else:
+                message = StreamMessage(
+                    self.record.c, entry.proposer, entry.cv, entry.header, b"", entry.certificate
+                )
+                if not self.genuine(message):
+                    continue
+                try:
+                    carried = decode_header(entry.header)
+                except BadError:
+                    continue
+                if stream.wants(entry.cv):
+                    stream.wait(message)
+            if not isinstance(carried, Prepare | Skip) or carried.g != header.g or carried.c != header.c:
+                continue
+            ends = (carried.s, carried.s) if isinstance(carried, Prepare) else (carried.s1, carried.s2)
+            if ends == (entry.s1, entry.s2):
+                found.append(Citation(entry.proposer, entry.cv, carried))
+        return tuple(found)
+
+    def _cite(self, voter: str, citation: Citation) -> None:
+        stream = self.streams[citation.proposer]
+        stands = stream.stands(citation.cv)
+        if stands is None:
+            self._cited.setdefault((citation.proposer, citation.cv), []).append((voter, citation))
+            self.wanted.streams[citation.proposer] = max(citation.cv, self.wanted.streams.get(citation.proposer, 0))
+        elif stands:
+            self._vote(voter, citation)
+
+    def _vote(self, voter: str, citation: Citation) -> None:
+        kept = self.streams[citation.proposer].kept.get(citation.cv)
+        if kept is None:
+            return  # behind an attested anchor: a checkpoint covers its slots
+        header = citation.header
+        batch = header.batch if isinstance(header, Prepare) else NOOP
+        for s in slots_of(header, self.record, kept.state, citation.proposer):
+            self.slots.vote(Proposal(header.g, s, citation.proposer, citation.cv, batch), voter)
+
+    def _resolve(self, replica: str, cv: int) -> None:
+        for voter, citation in self._cited.pop((replica, cv), ()):
+            self._vote(voter, citation)
+
+    def _resolve_ended(self) -> None:
+        for proposer, cv in list(self._cited):
+            if self.streams[proposer].stands(cv) is not None:  # jumped over, or after the end
+                del self._cited[(proposer, cv)]
+            else:
+                self.wanted.streams[proposer] = max(cv, self.wanted.streams.get(proposer, 0))
+
+    # ------------------------------------------------------------------------------------------------- judge.Evidence
+    def stable_certificate(self, h: int, digest: bytes, certificate: Sequence[Signed]) -> bool:
+        """See `judge.Evidence`."""
+        return self.statements.valid_certificate(h, digest, certificate)
+
+    def view_certificate(self, g: int, certificate: Sequence[Req]) -> bool:
+        """See `judge.Evidence`."""
+        return self.statements.valid_requests(g, certificate)
+
+    def successor(self, prepared: bytes) -> bool:
+        """See `judge.Evidence`."""
+        try:
+            record = open_record(prepared, self._controllers)
+        except BadError:
+            return False
+        return (
+            record.group == self.record.group
+            and record.status is Status.PREPARED
+            and record.base == self.record.c
+            and record.c > self.record.c
+        )
+
+    def new_view_recomputes(self, leader: str, cv: int, header: NewView, payload: bytes) -> bool | None:
+        """See `judge.Evidence`. A view that a standing stream has entered has a NEW-VIEW that stands, and it is this
+        one: the leader's stream stands to here, and had it another before or were this one false, none could follow.
+        """
+        del leader, cv
+        try:
+            content = decode_merge(payload)
+        except BadError:
+            return False
+        if header.g in self.entered:
+            return True
+        votes = self._named_votes(header.g, content.view_changes)
+        if votes is None or isinstance(votes, bool):
+            return votes
+        outcome = merge(self.record, votes, self)
+        if isinstance(outcome, Missing):
+            self.wanted.add(outcome)
+            return None
+        told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
+        return told == outcome
+
+    def _named_votes(self, target: int, names: Sequence[Named]) -> list[Vote] | bool | None:
+        """The VIEW-CHANGEs that a NEW-VIEW or a wedge set names; False if one is none, None if not all are known."""
+        if len({n.replica for n in names}) != len(names) or len(names) < self.record.quorums.view_change:
+            return False
+        votes = []
+        unknown = False
+        for name in names:
+            stream = self.streams.get(name.replica)
+            if stream is None:
+                return False
+            vote = self.votes[name.replica].get(target)
+            if vote is not None:
+                if vote.name != name:
+                    return False
+                votes.append(vote)
+            elif stream.stands(name.cv) is False or (name.cv <= stream.cursor and stream.kept.get(name.cv)):
+                return False
+            else:
+                unknown = True
+                self.wanted.streams[name.replica] = max(name.cv, self.wanted.streams.get(name.replica, 0))
+        return None if unknown else votes
+
+    def new_view_cited(self, leader: str, message: CommitNewView) -> NewView | None:
+        """See `judge.Evidence`."""
+        digest = sha256(message.header, message.payload_hash)
+        if not self.certified(leader, message.cv, digest, message.certificate):
+            return None
+        try:
+            header = decode_header(message.header)
+        except BadError:
+            return None
+        return header if isinstance(header, NewView) else None
+
+    def stands(self, replica: str, cv: int) -> bool | None:
+        """See `judge.Evidence`."""
+        stream = self.streams.get(replica)
+        if stream is None:
+            return False
+        stands = stream.stands(cv)
+        if stands is None:
+            self.wanted.streams[replica] = max(cv, self.wanted.streams.get(replica, 0))
+        return stands
+
+    # --------------------------------------------------------------------------------------------------- merge.Lookup
+    def batch_valid(self, digest: bytes) -> bool | None:
+        """See `merge.Lookup`."""
+        return self.batches.valid(digest)
+
+    def new_view(self, g: int) -> tuple[NewView, Sequence[Choice]] | None:
+        """See `merge.Lookup`."""
+        found = self.new_views.get(g)
+        return (found.header, found.choices) if found else None
+
+    # --------------------------------------------------------------------------------------------------------- view change
+    def view_votes(self, target: int) -> list[Vote]:
+        """The VIEW-CHANGEs for `target` that stand, one a member; for `WEDGE` also the closed streams that are read to
+        their end: EPOCH-END and the whole log are a vote (protocol §6.5).
+        """
+        found = []
+        for replica, votes in self.votes.items():
+            vote = votes.get(target)
+            if vote is None and target == WEDGE:
+                vote = self._closed_vote(replica)
+            if vote is not None:
+                found.append(vote)
+        return found
+
+    def _closed_vote(self, replica: str) -> Vote | None:
+        end, stream = self.epoch_ends.get(replica), self.streams[replica]
+        if end is None or stream.ended is not None or stream.cursor != end.cv_end:
+            return None
+        if not stream.complete(self.record.parameters.window):
+            return None
+        name = Named(replica, end.cv_end + 1, end.last_digest)
+        vote = vote_of(self.record, name, stream.state, list(stream.kept.values()), ())
+        self.votes[replica][WEDGE] = vote
+        return vote
+
+    def try_merge(self, votes: Sequence[Vote]) -> Merged | None:
+        """The merge of `votes`; None if something is missing, which is then wanted."""
+        outcome = merge(self.record, votes, self)
+        if isinstance(outcome, Missing):
+            self.wanted.add(outcome)
+            self._merge_wants |= self.wanted.batches
+            return None
+        return outcome
+
+    def want_batch(self, digest: bytes) -> None:
+        """Accept this batch from whoever sends it."""
+        self.wanted.batches.add(digest)
+        self._merge_wants.add(digest)
+
+    def wedge_votes(self, names: Sequence[Named]) -> list[Vote] | None:
+        """The wedges that a set names; None if not all are known here (or it is no quorum of wedges)."""
+        for replica in self.votes:
+            if WEDGE not in self.votes[replica]:
+                self._closed_vote(replica)
+        votes = self._named_votes(WEDGE, names)
+        return votes if isinstance(votes, list) else None
+
+    # ------------------------------------------------------------------------------------------------------------ garbage
+    def truncate(self, floor: int) -> None:
+        """Forget what no log, view or slot above `floor` (own stable slot - L) needs (protocol §4)."""
+        window = self.record.parameters.window
+        for stream in self.streams.values():
+            stream.truncate(self.attestations.attested(stream.replica), window)
+        # NEW-VIEW(e) is kept while e is current: until all but f streams have gone beyond it.
+        current = sorted(stream.state.e for stream in self.streams.values())[self.record.f]
+        for g in [g for g, view in self.new_views.items() if g < current and view.header.s_max <= floor]:
+            del self.new_views[g]
+        for digest in [d for d, s in self.named.items() if s <= floor]:
+            del self.named[digest]
+        self.batches.drop(floor)
+
+
+def bare(message: StreamMessage) -> StreamMessage:
+    """The message without its batch, as it is kept."""
+    if not message.batch:
+        return message
+    return StreamMessage(
+        message.c, message.replica, message.cv, message.header, message.payload, message.certificate
+    )

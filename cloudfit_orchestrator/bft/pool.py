@@ -1,0 +1,97 @@
+"""Clients' bundles that wait to be ordered; bounded, with a clear refusal when full."""
+
+from dataclasses import dataclass
+
+from cloudfit_orchestrator.bft.messages import BundleBody
+from cloudfit_orchestrator.model.signing import sha256
+
+MAX_BUNDLES = 4096
+MAX_BYTES = 64 << 20
+MAX_OF_CLIENT = 512  # bundles of one client: it cannot crowd out the others
+
+
+@dataclass(slots=True)
+class Waiting:
+    """One bundle."""
+
+    data: bytes
+    body: BundleBody
+    since_s: float
+    proposed: bool = False  # by this replica, in the current view
+    forwarded: bool = False
+
+
+class Pool:
+    """Bundles in order of arrival."""
+
+    def __init__(self) -> None:
+        self._bundles: dict[bytes, Waiting] = {}
+        self._of_client: dict[bytes, int] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._bundles)
+
+    def add(self, data: bytes, body: BundleBody, now_s: float) -> bool:
+        """Take a verified bundle in. False if there is no room."""
+        name = sha256(data)
+        if name in self._bundles:
+            return True
+        mine = self._of_client.get(body.client, 0)
+        if len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES or mine >= MAX_OF_CLIENT:
+            return False
+        self._bundles[name] = Waiting(data, body, now_s)
+        self._of_client[body.client] = mine + 1
+        self._bytes += len(data)
+        return True
+
+    def remove(self, data: bytes) -> None:
+        """The bundle was executed, or will never be."""
+        waiting = self._bundles.pop(sha256(data), None)
+        if waiting is not None:
+            self._bytes -= len(data)
+            left = self._of_client[waiting.body.client] - 1
+            if left:
+                self._of_client[waiting.body.client] = left
+            else:
+                del self._of_client[waiting.body.client]
+
+    def take(self, max_requests: int, max_bytes: int) -> list[bytes]:
+        """Bundles for the next batch, oldest first; they are marked as proposed."""
+        chosen: list[bytes] = []
+        for waiting in self._bundles.values():
+            if waiting.proposed:
+                continue
+            max_requests -= len(waiting.body.requests)
+            max_bytes -= len(waiting.data) + 8
+            if max_requests < 0 or max_bytes < 0:
+                break
+            waiting.proposed = True
+            chosen.append(waiting.data)
+        return chosen
+
+    @property
+    def unproposed(self) -> bool:
+        """Whether `take` would give something (unless it is too large for any batch)."""
+        return any(not waiting.proposed for waiting in self._bundles.values())
+
+    def release(self) -> None:
+        """A new view: what was proposed in the old one may have to be proposed again."""
+        for waiting in self._bundles.values():
+            waiting.proposed = False
+            waiting.forwarded = False
+
+    def to_forward(self) -> list[Waiting]:
+        """Bundles not handed on yet; they are marked."""
+        found = [waiting for waiting in self._bundles.values() if not waiting.forwarded]
+        for waiting in found:
+            waiting.forwarded = True
+        return found
+
+    def oldest_s(self) -> float | None:
+        """When the bundle that waits longest arrived."""
+        return next((waiting.since_s for waiting in self._bundles.values()), None)
+
+    def bundles(self) -> list[Waiting]:
+        """All of them."""
+        return list(self._bundles.values())

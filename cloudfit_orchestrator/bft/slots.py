@@ -1,0 +1,89 @@
+"""Votes for slots and what they decide (protocol §3): Qc distinct members for the same (g, s, cv_p, D)."""
+
+from dataclasses import dataclass, field
+
+from cloudfit_orchestrator.bft.merge import Proposal
+from cloudfit_orchestrator.bft.messages import Choice
+
+
+class AgreementError(Exception):
+    """Two values for one slot: more members are faulty than f, or the protocol is broken. Stop at once."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    proposals: dict[int, Proposal] = field(default_factory=dict)  # by view: at most one stands
+    voters: dict[int, set[str]] = field(default_factory=dict)  # by view
+    decided: bytes | None = None
+
+
+class Slots:
+    """Slots above `floor`; bounded by the senders' windows (R2)."""
+
+    def __init__(self, floor: int, commit_quorum: int) -> None:
+        """`floor`: slots up to it are settled."""
+        self.floor = floor
+        self._quorum = commit_quorum
+        self._slots: dict[int, _Slot] = {}
+        self._views: dict[int, set[str]] = {}
+        self.highest = floor  # highest slot with a proposal
+        self.highest_decided = floor
+
+    def propose(self, proposal: Proposal) -> None:
+        """A PREPARE or SKIP stands; it is its proposer's vote."""
+        if proposal.s <= self.floor:
+            return
+        slot = self._slots.setdefault(proposal.s, _Slot())
+        slot.proposals[proposal.g] = proposal
+        self.highest = max(self.highest, proposal.s)
+        self.vote(proposal, proposal.proposer)
+
+    def vote(self, proposal: Proposal, voter: str) -> None:
+        """`voter`'s stream votes for a proposal that stands."""
+        if proposal.s <= self.floor:
+            return
+        slot = self._slots.setdefault(proposal.s, _Slot())
+        voters = slot.voters.setdefault(proposal.g, set())
+        voters.add(voter)
+        if len(voters) >= self._quorum:
+            self.decide(proposal.s, proposal.batch)
+
+    def vote_view(self, g: int, voter: str, choices: tuple[Choice, ...]) -> None:
+        """NEW-VIEW(g) or COMMIT(NEW-VIEW) of it: one vote for all slots of S."""
+        voters = self._views.setdefault(g, set())
+        voters.add(voter)
+        if len(voters) >= self._quorum:
+            for choice in choices:
+                self.decide(choice.s, choice.batch)
+
+    def decide(self, s: int, batch: bytes) -> None:
+        """Slot s is decided for good. Raises AgreementError if it was decided otherwise."""
+        if s <= self.floor:
+            return
+        slot = self._slots.setdefault(s, _Slot())
+        if slot.decided is not None and slot.decided != batch:
+            raise AgreementError(f"slot {s} decided as {slot.decided.hex()[:16]} and as {batch.hex()[:16]}")
+        slot.decided = batch
+        self.highest_decided = max(self.highest_decided, s)
+
+    def decision(self, s: int) -> bytes | None:
+        """The digest decided for slot s, or None."""
+        slot = self._slots.get(s)
+        return slot.decided if slot else None
+
+    def proposals(self, g: int) -> list[Proposal]:
+        """All standing proposals of view g above the floor, in slot order."""
+        found = (slot.proposals.get(g) for _, slot in sorted(self._slots.items()))
+        return [proposal for proposal in found if proposal is not None]
+
+    def decisions(self) -> list[tuple[int, bytes]]:
+        """All decided slots above the floor, in order."""
+        return [(s, slot.decided) for s, slot in sorted(self._slots.items()) if slot.decided is not None]
+
+    def settle(self, floor: int) -> None:
+        """Slots up to `floor` are executed or covered by a checkpoint: forget them."""
+        self.floor = max(self.floor, floor)
+        for s in [s for s in self._slots if s <= self.floor]:
+            del self._slots[s]
+        self.highest = max(self.highest, self.floor)
+        self.highest_decided = max(self.highest_decided, self.floor)

@@ -1,0 +1,173 @@
+"""State transfer by Merkle difference (protocol §4, §6.6): every chunk is checked against a certified root.
+
+Sources are peers and, in a recovery, the exporter that serves the old machine's disk. No source is believed: the index
+must hash to the root, a chunk to its place in the index, and who sends a wrong one is blamed for that chunk.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cloudfit_orchestrator.bft.messages import (
+    MAX_CHUNKS_ASKED,
+    Chunk,
+    ChunkQuery,
+    StateIndex,
+    StateQuery,
+)
+from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, chunk_hash, root_of
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.signing import DIGEST_BYTES
+
+RETRY_S = 0.5  # a source that has not answered by then is asked again, or another is; liveness only
+EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
+PARALLEL = 16  # chunks asked of one peer at once; they may be large
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """A source sent a chunk that is not what its place in the certified state holds."""
+
+    index: int
+    source: str
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a transfer did. Bytes by source; chunks kept from the own disk, fetched, and blamed."""
+
+    kept: int = 0
+    fetched: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    corrupt: list[Blame] = field(default_factory=list)
+    absent: Counter[str] = field(default_factory=Counter)  # chunks that a source could not read
+    stale: Counter[str] = field(default_factory=Counter)  # chunks that an exporter's own index names otherwise
+
+
+class Transfer:
+    """One state to be had: that with Merkle root `root`, after `slot`."""
+
+    def __init__(self, slot: int, root: bytes, local: Snapshot | None, send: Callable[[str, object], None]) -> None:
+        """`local`: a state whose equal chunks are taken over; `send(peer, message)` asks a source."""
+        self.slot = slot
+        self.root = root
+        self.figures = Figures()
+        self._local = local
+        self._send = send
+        self._hashes: list[bytes] = []
+        self._chunks: dict[int, bytes] = {}
+        self._asked: dict[str, tuple[float, set[int]]] = {}  # source -> (when, chunks outstanding)
+        self._refused: dict[str, set[int]] = {}  # source -> chunks it cannot give, or gave wrong
+        self._index_asked_s = -1e9
+        self._turn = 0
+        self._exporter_tries: Counter[str] = Counter()
+        self._exporter_knows: set[str] = set()  # exporters whose index has come
+        self._exporter_asked_s: dict[str, float] = {}
+
+    @property
+    def done(self) -> bool:
+        """All chunks are here."""
+        return bool(self._hashes) and len(self._chunks) == BUCKETS
+
+    def result(self) -> Snapshot:
+        """The state. Raises BadError if a chunk with the right hash is not canonical: then the root never was."""
+        return Snapshot.from_chunks([self._chunks[i] for i in range(BUCKETS)])
+
+    def tick(self, now_s: float, peers: list[str], exporters: list[str]) -> None:
+        """Ask for what is missing; exporters first, each peer for its share."""
+        if not peers:
+            return
+        if not self._hashes:
+            if now_s - self._index_asked_s >= RETRY_S:
+                self._index_asked_s = now_s
+                self._turn += 1
+                self._send(peers[self._turn % len(peers)], StateQuery(self.root))
+            return
+        outstanding: set[int] = set()
+        for source, (when, indices) in list(self._asked.items()):
+            if now_s - when >= RETRY_S:
+                del self._asked[source]
+            else:
+                outstanding |= indices
+        lacking = [i for i in range(BUCKETS) if i not in self._chunks and i not in outstanding]
+        from_disk: set[int] = set()  # these wait for an exporter's word
+        for source in exporters:
+            if source not in self._exporter_knows:
+                if self._exporter_tries[source] < EXPORTER_TRIES:
+                    self._ask_index(source, now_s)
+                    from_disk.update(lacking)
+                continue
+            wanted = [i for i in lacking if i not in self._refused.get(source, ())]
+            from_disk.update(wanted)
+            self._ask(source, wanted, MAX_CHUNKS_ASKED, now_s)
+        rest = [i for i in lacking if i not in from_disk]
+        for position, source in enumerate(peers):
+            share = [i for i in rest if i not in self._refused.get(source, ())][position :: len(peers)]
+            self._ask(source, share, PARALLEL, now_s)
+
+    def _ask_index(self, exporter: str, now_s: float) -> None:
+        if now_s - self._exporter_asked_s.get(exporter, -1e9) >= RETRY_S:
+            self._exporter_asked_s[exporter] = now_s
+            self._exporter_tries[exporter] += 1
+            self._send(exporter, StateQuery(b""))
+
+    def _ask(self, source: str, indices: list[int], most: int, now_s: float) -> None:
+        if indices and source not in self._asked:
+            chosen = indices[:most]
+            self._asked[source] = (now_s, set(chosen))
+            self._send(source, ChunkQuery(self.root, tuple(chosen)))
+
+    def index(self, source: str, message: StateIndex, exporters: list[str]) -> bool:
+        """An index arrived. False if a peer's is not that of the root."""
+        data = message.hashes
+        hashes = [data[i : i + DIGEST_BYTES] for i in range(0, len(data), DIGEST_BYTES)]
+        if source in exporters:
+            # What an exporter says it holds only chooses what it is asked for: each chunk is checked when it comes.
+            if self._hashes and source not in self._exporter_knows and len(hashes) == BUCKETS:
+                self._exporter_knows.add(source)
+                stale = {i for i in range(BUCKETS) if hashes[i] != self._hashes[i]}
+                self._refused[source] = stale
+                self.figures.stale[source] = len(stale - self._chunks.keys())
+            return True
+        if self._hashes or message.root != self.root:
+            return True
+        try:
+            if root_of(hashes) != self.root:
+                return False
+        except BadError:
+            return False
+        self._hashes = hashes
+        if self._local is not None:
+            for i, known in enumerate(self._local.chunk_hashes):
+                if known == hashes[i]:
+                    self._chunks[i] = self._local.chunk(i)
+                    self.figures.kept += 1
+        return True
+
+    def chunk(self, source: str, message: Chunk, now_s: float) -> Blame | None:
+        """A chunk arrived. Returns the blame if it is wrong."""
+        index = message.index
+        if message.root != self.root or not self._hashes or not 0 <= index < BUCKETS:
+            return None
+        asked = self._asked.get(source)
+        if asked is None or index not in asked[1]:
+            return None
+        asked[1].discard(index)
+        self._asked[source] = (now_s, asked[1])
+        if not asked[1]:
+            del self._asked[source]
+        if index in self._chunks:
+            return None
+        if message.missing:
+            self._refused.setdefault(source, set()).add(index)
+            self.figures.absent[source] += 1
+            return None
+        if chunk_hash(message.data) != self._hashes[index]:
+            self._refused.setdefault(source, set()).add(index)
+            blame = Blame(index, source)
+            self.figures.corrupt.append(blame)
+            return blame
+        self._chunks[index] = message.data
+        self.figures.fetched[source] += 1
+        self.figures.bytes[source] += len(message.data)
+        return None
