@@ -10,11 +10,12 @@ number on the same base follows.
 """
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cloudfit_orchestrator.controller.agents import GuestRef, Report
 from cloudfit_orchestrator.controller.journal import Operation
 from cloudfit_orchestrator.controller.parallel import each, watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
@@ -96,7 +97,7 @@ class Configurer:
         record, prepared = self._prepared(attempt), record_hash(self._prepared_envelope(attempt))
         heard: dict[tuple[int, bytes], dict[str, bytes]] = {}
 
-        def handle(report: dict[str, object]) -> bool:
+        def handle(report: Report) -> bool:
             found = self._confirmation(report, record, prepared)
             if found is None:
                 return False
@@ -152,13 +153,11 @@ class Configurer:
         record = self._prepared(attempt)
         missing = {s.replica: s.incarnation for s in self._seats if s.agent is not None}
 
-        def handle(report: dict[str, object]) -> bool:
-            body = report["body"]
-            assert isinstance(body, dict)
-            if report["topic"] == "ready" and body.get("c") == record.c:
-                replica = str(report["replica"])
-                if missing.get(replica) == report["incarnation"]:
-                    del missing[replica]
+        def handle(report: Report) -> bool:
+            who = report.guest
+            meant = report.topic == "ready" and report.body.get("c") == record.c
+            if meant and missing.get(who.replica) == who.incarnation:
+                del missing[who.replica]
             return not missing
 
         def collect(_: dict[str, object]) -> None:
@@ -218,9 +217,8 @@ class Configurer:
             if seat.agent is None:  # a crashed member: nobody holds the private halves
                 usig, kss = (_text(public_bytes(Ed25519PrivateKey.generate())) for _ in range(2))
             else:
-                who = {"group": self._op.group, "replica": seat.replica, "incarnation": seat.incarnation}
-                answer = seat.agent.call("prepare", **who, c=c)
-                usig, kss = answer["usig_key"], answer["kss_key"]
+                guest = GuestRef(self._op.group, seat.replica, seat.incarnation)
+                usig, kss = (_text(key) for key in seat.agent.prepare(guest, c))
             return {"usig_key": usig, "kss_key": kss, "channel_ca": _text(seat.channel_ca)}
 
         return {s.replica: k for s, k in each(self._x, self._seats, ask).items()}
@@ -250,16 +248,16 @@ class Configurer:
 
     def _install(self, envelope: bytes) -> None:
         def install(cloud: str) -> None:
-            self._agents[cloud].call("install", group=self._op.group, envelope=_text(envelope))
+            self._agents[cloud].install(self._op.group, envelope)
 
         each(self._x, self._agents, install)
 
     def _confirmation(
-        self, report: Mapping[str, object], record: ConfigRecord, prepared: bytes
+        self, report: Report, record: ConfigRecord, prepared: bytes
     ) -> tuple[str, tuple[int, bytes], bytes] | None:
         """The confirmation in a report, if it is one of this record and its signature holds."""
-        body, member = report["body"], record.member(str(report["replica"]))
-        if report["topic"] != "confirm" or member is None or not isinstance(body, dict):
+        body, member = report.body, record.member(report.guest.replica)
+        if report.topic != "confirm" or member is None:
             return None
         try:
             state = (int(body["h"]), _raw(body["digest"]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cloudfit_orchestrator.clouds.base import Ownership
 from cloudfit_orchestrator.controller import spec as spec_file
+from cloudfit_orchestrator.controller.agents import GuestRef
 from cloudfit_orchestrator.controller.journal import GroupState
 from cloudfit_orchestrator.controller.launch import network_name
 from cloudfit_orchestrator.controller.parallel import each
@@ -30,6 +31,9 @@ def destroy(context: Context, group: str, *, unprotect: bool = False) -> Destroy
     """Remove the group. RefusedError if its spec protects it and `unprotect` is not given."""
     row = context.journal.group(group)
     if row is None:
+        left = context.journal.open_of(group)
+        if left is not None:  # died between the last two writes
+            left.close({})
         return Destroyed(group, changed=False, machines=0, snapshots=0)
     spec = spec_file.from_json(row.spec)
     if spec.protect and not unprotect and row.state is not GroupState.DESTROYING:
@@ -75,7 +79,7 @@ def _evict(context: Context, group: str, cloud: CloudSpec) -> None:
     for m in context.journal.machines(group, gone=True):
         if m.cloud == cloud.name:
             context.check_cancelled()
-            agent.call("evict", group=group, replica=m.replica, incarnation=m.incarnation)
+            agent.evict(GuestRef(group, m.replica, m.incarnation))
 
 
 def _clear(context: Context, group: str, cloud: CloudSpec) -> tuple[int, int]:

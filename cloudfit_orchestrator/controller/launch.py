@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass, replace
 
 from cloudfit_orchestrator.clouds.base import DiskSnapshot, Machine, MachineSpec, NetworkSpec, Ownership, StateDisk
+from cloudfit_orchestrator.controller.agents import GuestRef
 from cloudfit_orchestrator.controller.journal import FIRST_HOST, MAX_HOSTS, MachineRow, MachineStage, Operation
 from cloudfit_orchestrator.controller.ports import (
     NETWORK_POOL,
@@ -101,20 +102,16 @@ def launch(
     context.check_cancelled()
     network = network_spec(context, cloud, row.host)
     where = {"address": row.host, "prefix": network.prefix, "gateway": network.gateway}
-    answer = agent.call(
-        "admit",
-        group=spec.group,
-        replica=replica,
-        incarnation=row.incarnation,
-        role=role.value,
+    launch_envelope = agent.admit(
+        GuestRef(spec.group, replica, row.incarnation),
+        role=role,
         machine=dict(machine.reference),
-        manifest=base64.b64encode(image.envelope).decode(),
-        image_dir=str(image.directory),
+        manifest=image.envelope,
+        image_dir=image.directory,
         allow_adversary=spec.allow_adversary,
         lease_s=spec.recovery.lease_s,
         welcome={"network": where, "port": row.port, "options": {"service": spec.service}},
     )
-    launch_envelope = base64.b64decode(answer["launch"], validate=True)
     certificate = _check_launch(agent, row, image, launch_envelope)
     context.journal.machine_admitted(row, base64.b64encode(launch_envelope).decode())
     say = f"{row.peer_id} is measured and admitted on {cloud.name}"
@@ -155,7 +152,7 @@ def _create(
 
 def _check_launch(agent: Agent, row: MachineRow, image: Image, envelope: bytes) -> LaunchCertificate:
     """The certificate must be this agent's, of this incarnation, over this image: else the record would lie."""
-    key = base64.b64decode(agent.call("status")["key"], validate=True)
+    key = base64.b64decode(agent.status()["key"], validate=True)
     certificate = open_launch(envelope, [key])
     expected = (row.group, row.replica, row.incarnation, row.role, image.digest, key_id(key))
     got = (certificate.group, certificate.replica, certificate.incarnation, certificate.role.value)

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from cloudfit_orchestrator.controller.agents import Report
 from cloudfit_orchestrator.controller.ports import Agent, Context
 from cloudfit_orchestrator.model.errors import UnknownError
 
 MAX_THREADS = 64  # one a cloud; a spec names no more
-REPORT_WAIT_S = 1.0  # how long one call waits in the agent for news; bounds how late an interrupt is noticed
+REPORT_WAIT_S = 0.25  # how long one call waits in the agent for news; bounds how late the end is noticed
 RETRY_S = 0.5  # after an agent did not answer
 
 _K = TypeVar("_K")
@@ -46,7 +47,7 @@ def watch(
     context: Context,
     agents: Mapping[str, Agent],
     group: str,
-    handle: Callable[[dict[str, Any]], bool],
+    handle: Callable[[Report], bool],
     *,
     timeout_s: float,
     waiting_for: Callable[[], str],
@@ -63,14 +64,13 @@ def watch(
         since = 0
         while not done.is_set() and not context.cancelled.is_set() and time.monotonic() < deadline:
             try:
-                answer = agents[name].call("reports", since=since, wait_s=REPORT_WAIT_S, group=group)
+                reports, since = agents[name].reports(since, REPORT_WAIT_S, group)
                 silent.pop(name, None)
             except UnknownError as error:
                 silent[name] = error.fact
                 done.wait(RETRY_S)
                 continue
-            since = answer["next"]
-            for report in answer["reports"]:
+            for report in reports:
                 with lock:
                     if not done.is_set() and handle(report):
                         done.set()

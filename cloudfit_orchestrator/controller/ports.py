@@ -14,27 +14,55 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.clouds.base import Cloud
 from cloudfit_orchestrator.config_store.base import ConfigStore
+from cloudfit_orchestrator.controller.agents import GuestRef, Report
 from cloudfit_orchestrator.controller.journal import Journal
 from cloudfit_orchestrator.model.errors import UnknownError
-from cloudfit_orchestrator.model.image import Manifest
+from cloudfit_orchestrator.model.image import Manifest, Role
 from cloudfit_orchestrator.model.record import Client
 from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.model.spec import CloudSpec
+from cloudfit_orchestrator.model.ui import EpochEnd
 
 NETWORK_POOL = "10.84.0.0/16"  # each local libvirt cloud gets a /24 of it
 REPLICA_PORT = 7000
 
 
 class Agent(Protocol):
-    """The agent of one cloud. `call` blocks; from any thread."""
+    """The agent of one cloud, as `agents.AgentClient` reaches it. Calls block; from any thread.
 
-    def call(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """One request of the controller socket. Raises CloudfitError: UnknownError if the agent does not answer."""
-        ...
+    Each raises UnknownError if the agent does not answer.
+    """
 
-    def close(self) -> None:
-        """Let go of the connection."""
-        ...
+    def status(self) -> dict[str, Any]: ...
+
+    def admit(
+        self,
+        guest: GuestRef,
+        *,
+        role: Role,
+        machine: dict[str, Any],
+        manifest: bytes,
+        lease_s: float,
+        welcome: dict[str, Any],
+        image_dir: Path | None = None,
+        allow_adversary: bool = False,
+    ) -> bytes: ...
+
+    def prepare(self, guest: GuestRef, c: int) -> tuple[bytes, bytes]: ...
+
+    def install(self, group: str, envelope: bytes) -> None: ...
+
+    def freeze(self, guest: GuestRef, c: int) -> int: ...
+
+    def thaw(self, guest: GuestRef, c: int) -> int: ...
+
+    def close_epoch(self, guest: GuestRef, c: int) -> EpochEnd: ...
+
+    def command(self, guest: GuestRef, body: dict[str, Any]) -> None: ...
+
+    def reports(self, since: int, wait_s: float = 0.0, group: str | None = None) -> tuple[list[Report], int]: ...
+
+    def evict(self, guest: GuestRef) -> None: ...
 
 
 class Sites(Protocol):
