@@ -167,7 +167,7 @@ class StreamlocalTransport(paramiko.Transport):
             data.add_string(self._streamlocal_path)
             data.add_string("")  # reserved
             data.add_int(0)  # reserved
-        super()._send_user_message(data)  # type: ignore[misc]  private, and not in the stubs
+        super()._send_user_message(data)  # type: ignore[misc]  # private, not in the stubs
 
 
 class SshDialer(Dialer):

@@ -172,9 +172,9 @@ class Agent:
                 self._channels[guest.identity][0].push_records()
 
     def command(self, identity: Identity, body: dict[str, Any]) -> None:
-        """Push a command to one guest, as soon as it has greeted."""
-        self.table.command(identity, body)
-        self._channels[identity][0].push_commands()
+        """Push a command to one guest, as soon as it has greeted, and again to each later process of it."""
+        command = self.table.command(identity, body)
+        self._channels[identity][0].push_command(command)
 
     async def evict(self, identity: Identity) -> None:
         """Destroy the guest's keys and let go of its channel."""

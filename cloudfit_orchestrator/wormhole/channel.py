@@ -6,11 +6,11 @@ counted reason; the agent connects again, after a bounded back-off, as long as t
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 
 from cloudfit_orchestrator.model.channel import MAX_GUEST_FRAME, ErrorCode, FrameKind, FrameReader, frame
 from cloudfit_orchestrator.model.errors import BadError
-from cloudfit_orchestrator.wormhole.guests import Guest, Table
+from cloudfit_orchestrator.wormhole.guests import MAX_COMMANDS, Guest, Table
 from cloudfit_orchestrator.wormhole.refusal import Malformed
 from cloudfit_orchestrator.wormhole.requests import Desk, error_frame
 from cloudfit_orchestrator.wormhole.throttle import TokenBucket
@@ -37,6 +37,7 @@ class Channel:
         self._bucket = bucket
         self._push_due = asyncio.Event()
         self._records_due = False
+        self._commands_due: deque[bytes] = deque(maxlen=MAX_COMMANDS)
         self._drain = asyncio.Lock()
         self.counters: Counter[str] = Counter()
         self.connected = False
@@ -47,9 +48,16 @@ class Channel:
         self._records_due = True
         self._push_due.set()
 
-    def push_commands(self) -> None:
-        """A command was queued."""
+    def push_command(self, command: bytes) -> None:
+        """A command was given."""
+        self._commands_due.append(command)
         self._push_due.set()
+
+    def _greeting(self) -> None:
+        """A process of the guest said HELLO: it may know nothing of what was pushed to the one before it."""
+        self.greeted = True
+        self._commands_due = deque(self._guest.commands, MAX_COMMANDS)
+        self.push_records()
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -104,8 +112,7 @@ class Channel:
                 writer.write(self._desk.answer(kind, request, body))
                 self.counters["served"] += 1
                 if kind == FrameKind.HELLO:
-                    self.greeted = True
-                    self.push_records()
+                    self._greeting()
                 served += 1
                 if served % TURN_FRAMES == 0:
                     await self._flush(writer)
@@ -129,8 +136,8 @@ class Channel:
                     if held is not None and self._table.concerned(self._guest, held):
                         writer.write(frame(FrameKind.RECORD, 0, held.envelope))
                         await self._flush(writer)
-            while self._guest.commands:
-                writer.write(frame(FrameKind.COMMAND, 0, self._guest.commands.popleft()))
+            while self._commands_due:
+                writer.write(frame(FrameKind.COMMAND, 0, self._commands_due.popleft()))
                 await self._flush(writer)
 
     async def _flush(self, writer: asyncio.StreamWriter) -> None:

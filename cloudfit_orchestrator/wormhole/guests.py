@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloudfit_orchestrator.model.errors import BadError, BadInputError, RefusedError, TemporaryError
+from cloudfit_orchestrator.model.errors import BadError, BadInputError, RefusedError
 from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.record import ConfigRecord, Member, Status, check_confirmations, open_record
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
@@ -19,7 +19,7 @@ from cloudfit_orchestrator.wormhole.records import GroupRecords, Held
 MAX_GUESTS = 256  # of one host
 MAX_GROUPS = 256
 MAX_EPOCHS = 64  # of one incarnation; the ended ones beyond it are forgotten, oldest first
-MAX_COMMANDS = 64  # that wait for a guest to greet
+MAX_COMMANDS = 64  # that are kept for a guest, which gets them all when it greets; the oldest are forgotten
 MAX_COMMAND_BYTES = 1 << 20  # an order in it is an envelope
 MAX_C = (1 << 63) - 1
 
@@ -45,7 +45,7 @@ class Guest:
     ca: ChannelCA
     welcome: dict[str, Any]
     epochs: dict[int, Epoch] = field(default_factory=dict)
-    commands: deque[bytes] = field(default_factory=deque)  # JSON, not yet pushed
+    commands: deque[bytes] = field(default_factory=lambda: deque(maxlen=MAX_COMMANDS))  # JSON
     was_member: bool = False
     retired: bool = False  # was a member and is none of the ACTIVE configuration: no certificates any more
 
@@ -163,16 +163,14 @@ class Table:
         """EPOCH-END by the controller's order."""
         return self.get(identity).epoch(c).end()
 
-    def command(self, identity: Identity, body: dict[str, Any]) -> Guest:
-        """Queue a command. Raises TemporaryError while too many wait."""
+    def command(self, identity: Identity, body: dict[str, Any]) -> bytes:
+        """Keep a command for a guest; its JSON, as it is to be pushed."""
         guest = self.get(identity)
-        if len(guest.commands) >= MAX_COMMANDS:
-            raise TemporaryError(f"{len(guest.commands)} commands wait for {identity} to take them", retry_after_s=1.0)
         command = json.dumps(body).encode()
         if len(command) > MAX_COMMAND_BYTES:
             raise BadInputError(f"a command of {len(command)} bytes for {identity}, the limit is {MAX_COMMAND_BYTES}")
         guest.commands.append(command)
-        return guest
+        return command
 
     def install(self, group: str, envelope: bytes) -> Status | None:
         """Take a record; None if it was held already. Raises BadError and RefusedError; then nothing has changed."""

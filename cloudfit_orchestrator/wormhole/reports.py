@@ -8,7 +8,8 @@ from typing import Any
 from cloudfit_orchestrator.wormhole.identity import Identity
 
 MAX_REPORTS = 4096  # of one guest
-MAX_REPORT_BYTES = 1 << 20  # of one guest, as received
+MAX_REPORT_BYTES = 1 << 20  # of one guest
+ENTRY_BYTES = 256  # what a report costs beyond its body, in memory and in an answer
 MAX_PAGE_BYTES = 1 << 20  # of one answer to the controller, whose lines have at most 2 MiB
 
 
@@ -20,7 +21,7 @@ class Report:
     guest: Identity
     topic: str
     body: dict[str, Any]
-    size: int  # bytes, as received
+    size: int  # bytes, with ENTRY_BYTES
 
 
 class _Ring:
@@ -47,8 +48,8 @@ class Reports:
         self._news = asyncio.Event()
 
     def add(self, guest: Identity, topic: str, body: dict[str, Any], size: int) -> int:
-        """Keep a report; returns how many older ones of this guest gave way."""
-        report = Report(self._next, guest, topic, body, size)
+        """Keep a report, `size` bytes of JSON; returns how many older ones of this guest gave way."""
+        report = Report(self._next, guest, topic, body, size + ENTRY_BYTES)
         self._next += 1
         self._news.set()
         self._news = asyncio.Event()
