@@ -3,54 +3,43 @@
 Loads nothing and needs no tools: mount(2) and reboot(2) through the C library. A machine that cannot get as far as its
 entry says why on the console and powers off. A child that dies is started again after a bounded, growing delay: a
 replica that is killed comes back within its epoch (protocol §2). There is no other supervisor and no shell.
+
+Every module imported here delays the start of the machine (an emulated one needs 0.1 s for `pathlib` alone), hence
+plain tuples and `os.path`.
 """
 
 import ctypes
 import os
-import select
-import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
 
-SETTINGS = Path("/etc/cloudfit")
-STATE_DISK = Path("/dev/vdb")
-STATE = Path("/state")
-STATE_ERROR = Path("/run/cloudfit/state-error")  # why an optional state disk is not mounted; the entry reports it
+TYPE_CHECKING = False  # what type checkers take for true, without the cost of `typing`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+SETTINGS = "/etc/cloudfit"
+STATE_DISK = "/dev/vdb"
+STATE = "/state"
+STATE_ERROR = "/run/cloudfit/state-error"  # why an optional state disk is not mounted; the entry reports it
 DEVICE_TIMEOUT_S = 10.0  # the disk is found before the root is; a slow host is given this much more
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0  # a replica that always crashes costs one start in this time
 STEADY_S = 60.0  # after a run of this length the next delay is the first again
 
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024
-_RB_POWER_OFF = 0x4321FEDC
-_UEVENTS = 15  # NETLINK_KOBJECT_UEVENT
 _SAFE = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One call of mount(2)."""
-
-    source: str
-    target: Path
-    kind: str
-    flags: int
-    options: str = ""
-
-
+_RB_POWER_OFF = 0x4321FEDC
+_NETLINK_KOBJECT_UEVENT = 15
+# source, target, file system, flags, options
 MOUNTS = (
-    Mount("proc", Path("/proc"), "proc", _SAFE),
-    Mount("sysfs", Path("/sys"), "sysfs", _SAFE),
-    Mount("devtmpfs", Path("/dev"), "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"),
-    Mount("tmpfs", Path("/run"), "tmpfs", _SAFE, "mode=0755,size=16m"),
-    Mount("tmpfs", Path("/tmp"), "tmpfs", _SAFE, "mode=1777,size=64m"),  # noqa: S108 - the mount point itself
+    ("proc", "/proc", "proc", _SAFE, ""),
+    ("sysfs", "/sys", "sysfs", _SAFE, ""),
+    ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"),
+    ("tmpfs", "/run", "tmpfs", _SAFE, "mode=0755,size=16m"),
+    ("tmpfs", "/tmp", "tmpfs", _SAFE, "mode=1777,size=64m"),  # noqa: S108 - the mount point itself
 )
-STATE_MOUNT = Mount(str(STATE_DISK), STATE, "ext4", _SAFE | _MS_NOATIME, "errors=remount-ro")
+STATE_MOUNT = (STATE_DISK, STATE, "ext4", _SAFE | _MS_NOATIME, "errors=remount-ro")
 
 
 def say(text: str) -> None:
@@ -58,16 +47,15 @@ def say(text: str) -> None:
     print(f"cloudfit: {text}", flush=True)
 
 
-def mount(what: Mount) -> None:
+def mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
     """One mount. Raises OSError naming the target."""
     libc = ctypes.CDLL(None, use_errno=True)
-    strings = (what.source.encode(), os.fsencode(what.target), what.kind.encode())
-    if libc.mount(*strings, ctypes.c_ulong(what.flags), what.options.encode()) != 0:
+    if libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), f"{what.source} ({what.kind}) on {what.target}")
+        raise OSError(number, os.strerror(number), f"{source} ({kind}) on {target}")
 
 
-def power_off(reason: str) -> NoReturn:
+def power_off(reason: str) -> "NoReturn":
     """Say why, write out what is left and end the machine."""
     say(f"init: {reason}; powering off")
     os.sync()
@@ -75,15 +63,20 @@ def power_off(reason: str) -> NoReturn:
     sys.exit(1)  # only where this is not a machine
 
 
-def wait_for_device(path: Path, timeout_s: float) -> bool:
+def wait_for_device(path: str, timeout_s: float) -> bool:
     """True as soon as `path` exists: the kernel announces each device after it has made its node."""
+    if os.path.exists(path):  # noqa: PTH110 - see the module's head
+        return True
+    import select  # noqa: PLC0415 - needed only where the disk comes late
+    import socket  # noqa: PLC0415
+
     deadline = time.monotonic() + timeout_s
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _UEVENTS) as events:
-        events.bind((0, 1))  # before the first look, so that no announcement is missed
-        while not path.exists():
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_KOBJECT_UEVENT) as events:
+        events.bind((0, 1))  # before the next look, so that no announcement is missed
+        while not os.path.exists(path):  # noqa: PTH110
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([events], [], [], left)[0]:
-                return path.exists()
+                return os.path.exists(path)  # noqa: PTH110
             events.recv(8192)
     return True
 
@@ -93,12 +86,13 @@ def mount_state(*, required: bool) -> None:
     try:
         if not wait_for_device(STATE_DISK, DEVICE_TIMEOUT_S):
             raise FileNotFoundError(f"no disk {STATE_DISK} within {DEVICE_TIMEOUT_S:g} s")
-        mount(STATE_MOUNT)
+        mount(*STATE_MOUNT)
     except OSError as error:
         if required:
             power_off(f"state disk: {error}")
         say(f"init: state disk: {error}")
-        STATE_ERROR.write_text(str(error))
+        with open(STATE_ERROR, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(str(error))
 
 
 def next_delay(delay_s: float, ran_s: float) -> float:
@@ -106,7 +100,7 @@ def next_delay(delay_s: float, ran_s: float) -> float:
     return FIRST_DELAY_S if ran_s >= STEADY_S else min(max(delay_s * 2, FIRST_DELAY_S), LONGEST_DELAY_S)
 
 
-def supervise(start: Callable[[], int], *, rounds: int | None = None) -> None:
+def supervise(start: "Callable[[], int]", *, rounds: int | None = None) -> None:
     """Start the child and start it again whenever it ends, reaping whatever else ends; for ever, or `rounds` times."""
     delay_s = 0.0
     while rounds is None or rounds > 0:
@@ -126,21 +120,25 @@ def supervise(start: Callable[[], int], *, rounds: int | None = None) -> None:
 def start_entry(entry: str) -> int:
     """Start `python3 -I -m entry`; its process id."""
     environment = {"PATH": "/usr/bin", "HOME": "/", "LANG": "C.UTF-8"}
-    arguments = [sys.executable, "-I", "-m", entry]
-    return os.posix_spawn(sys.executable, arguments, environment, setsigdef=signal.valid_signals())
+    return os.posix_spawn(sys.executable, [sys.executable, "-I", "-m", entry], environment)
 
 
-def main() -> NoReturn:
+def setting(name: str) -> str:
+    """One of the image's own settings."""
+    with open(f"{SETTINGS}/{name}", encoding="utf-8") as file:  # noqa: PTH123
+        return file.read().strip()
+
+
+def main() -> "NoReturn":
     """Run as process 1."""
     say(f"init {time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000}")
     try:
         for each in MOUNTS:
-            mount(each)
-        STATE_ERROR.parent.mkdir()
-        entry = (SETTINGS / "entry").read_text().strip()
-        required = (SETTINGS / "state").read_text().strip() == "required"
+            mount(*each)
+        os.mkdir(os.path.dirname(STATE_ERROR))  # noqa: PTH102, PTH120
+        entry, state = setting("entry"), setting("state")
     except OSError as error:
         power_off(str(error))
-    mount_state(required=required)
+    mount_state(required=state == "required")
     supervise(lambda: start_entry(entry))
     power_off("supervision ended")

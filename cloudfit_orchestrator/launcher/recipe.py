@@ -128,6 +128,7 @@ def _make(cls: type[_T], doc: dict[str, Any], path: Path, **given: Any) -> _T:
         raise BadInputError(f"{path}: {'unknown' if name in doc else 'missing'} key `{name}`")
     for name, value in doc.items():
         kind = list if str(known[name].type).startswith("tuple") else bool if known[name].type is bool else str
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in doc[name])):
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(v, str) for v in items):
             raise BadInputError(f"{path}: `{name}` must be {_KINDS[kind]}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in doc.items()}, **given)
