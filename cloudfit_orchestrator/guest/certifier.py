@@ -1,7 +1,7 @@
 """The replica's requests to its wormhole: sessions, UIs, statements, the end of an epoch, reports.
 
 A lost channel is hidden from the core: when the agent is back, a new session is opened, what `RECENT` shows as
-certified is answered from it, and what is not is asked for again, in order. Only its own restart is the core's business.
+certified is answered from it, what is not is asked for again, in order. Only the core's own restart is its business.
 """
 
 import asyncio

@@ -5,15 +5,14 @@ is decided in guest/tls.py.
 """
 
 import asyncio
-import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
+from cloudfit_orchestrator.guest.dialler import HANDSHAKE_TIMEOUT_S, Dialler
 from cloudfit_orchestrator.guest.links import Link, SendQueue
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
-from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import Client
 
 MAX_PEER_QUEUE = 32 << 20  # bytes that wait for one peer: a few chunks, or a window of batches
@@ -21,67 +20,8 @@ MAX_CLIENT_QUEUE = 4 << 20  # bytes that wait for one client's connection
 MAX_LINKS_PER_PEER = 2  # a dialler that lost its connection is here again before we notice
 MAX_LINKS_PER_CLIENT = 16  # gateways share a key
 MAX_HANDSHAKES = 64  # at once; strangers can occupy no more
-HANDSHAKE_TIMEOUT_S = 10.0  # under TCG a handshake takes tens of milliseconds
-DIAL_FIRST_WAIT_S = 0.05
-DIAL_LAST_WAIT_S = 2.0
-MAX_PORT = 65535
+ACCEPT_RETRY_S = 0.05
 _BACKLOG = 128
-
-
-class _Dialler:
-    """Keeps one connection to a peer, for sending."""
-
-    def __init__(self, owner: "Transport", peer: Peer) -> None:
-        self.peer = peer
-        self._owner = owner
-        self._queue = SendQueue(MAX_PEER_QUEUE, owner.counters, "dropped for a peer")
-        self._link: Link | None = None
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    def send(self, body: bytes) -> None:
-        self._queue.put(body)
-        if self._link is not None:
-            self._link.flush_soon()
-
-    def close(self) -> None:
-        self._task.cancel()
-        if self._link is not None:
-            self._link.abort("peer forgotten")
-
-    async def _run(self) -> None:
-        host, _, port = self.peer.address.rpartition(":")
-        if not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
-            self._owner.counters["malformed address"] += 1
-            return
-        wait_s = DIAL_FIRST_WAIT_S
-        while True:
-            try:
-                context = self._owner.credentials.client_context(self.peer.channel_ca)
-                async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                    _, link = await asyncio.get_running_loop().create_connection(
-                        self._make, host.strip("[]"), int(port), ssl=context, server_hostname=""
-                    )
-            except (OSError, TimeoutError, BadError) as error:
-                self._owner.counters[f"dial failed: {type(error).__name__}"] += 1
-            else:
-                self._link = link
-                made_s = asyncio.get_running_loop().time()
-                await link.closed
-                self._link = None
-                if asyncio.get_running_loop().time() - made_s > DIAL_LAST_WAIT_S:
-                    wait_s = DIAL_FIRST_WAIT_S  # not so where the peer accepts and hangs up
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1))
-            wait_s = min(2 * wait_s, DIAL_LAST_WAIT_S)
-
-    def _make(self) -> Link:
-        return Link(
-            identify=lambda _, certificate: self._owner.directory.peer(certificate) == self.peer.peer_id,
-            received=lambda link, _: link.abort("peer answered on a connection made for sending"),
-            ended=lambda _: None,
-            limit=0,
-            queue=self._queue,
-            counters=self._owner.counters,
-        )
 
 
 class Transport:
@@ -100,7 +40,7 @@ class Transport:
         self.directory = Directory(group)
         self.counters: Counter[str] = Counter()
         self._from_peer, self._from_client = from_peer, from_client
-        self._diallers: dict[str, _Dialler] = {}
+        self._diallers: dict[str, Dialler] = {}
         self._peer_links: dict[str, list[Link]] = {}
         self._client_links: dict[bytes, list[Link]] = {}
         self._owners: dict[Link, tuple[str | bytes, bytes]] = {}
@@ -141,7 +81,7 @@ class Transport:
             return
         dialler = self._diallers.get(peer_id)
         if dialler is None:
-            dialler = self._diallers[peer_id] = _Dialler(self, peer)
+            dialler = self._diallers[peer_id] = self._dialler(peer)
         dialler.send(body)
 
     def answer(self, client: bytes, body: bytes) -> None:
@@ -169,7 +109,7 @@ class Transport:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:  # e.g. out of file descriptors: later again
                 self.counters[f"accept failed: {error.errno}"] += 1
-                await asyncio.sleep(DIAL_FIRST_WAIT_S)
+                await asyncio.sleep(ACCEPT_RETRY_S)
                 continue
             if len(self._handshakes) >= MAX_HANDSHAKES:  # the oldest is the likeliest to be a stranger's
                 self.counters["refused: too many handshakes"] += 1
@@ -187,6 +127,17 @@ class Transport:
         except (OSError, TimeoutError) as error:
             self.counters[f"handshake failed: {type(error).__name__}"] += 1
             connection.close()
+
+    def _dialler(self, peer: Peer) -> Dialler:
+        return Dialler(
+            peer,
+            group=self.directory.group,
+            credentials=self.credentials,
+            received=lambda link, _: link.abort("peer answered on a connection made for sending"),
+            limit=0,
+            queue=SendQueue(MAX_PEER_QUEUE, self.counters, "dropped for a peer"),
+            counters=self.counters,
+        )
 
     def _greeted(self, task: "asyncio.Task[None]") -> None:
         connection = self._handshakes.pop(task)

@@ -5,11 +5,13 @@ from typing import Any
 
 import msgspec
 
+from cloudfit_orchestrator.bft.clients import MAX_RESULT
 from cloudfit_orchestrator.bft.store import MAX_KEY, StateStore
 from cloudfit_orchestrator.model.errors import BadError, BadInputError
 
 MAX_LIST_ENTRIES = 1000  # entries in one result; `List.after` goes on from the last
-MAX_LIST_BYTES = 256 << 10  # keys and values in one result, so that a result stays in the size of a value
+MAX_STORED = MAX_RESULT - 2048  # bytes of a value: it must fit into a result, with its key in a listing
+MAX_LIST_BYTES = MAX_RESULT // 2  # keys and values in one result, framing aside; one entry may be larger
 
 
 class Get(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -89,7 +91,7 @@ def decode_result(data: bytes) -> Result:
     """What the service answered. Raises BadError if it is no result of this service."""
     try:
         result: Result = _results.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BadError(f"not a result of the kv service: {error}") from error
     return result
 
@@ -101,7 +103,7 @@ class KvService:
         """Apply `operation`; anything malformed gives `Failed`, in words that do not depend on a library's version."""
         try:
             decoded: Operation = _operations.decode(operation)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: a tag that is not UTF-8
             return _encoder.encode(Failed("malformed operation"))
         return _encoder.encode(self._apply(store, decoded))
 
@@ -137,6 +139,8 @@ def _compare_and_swap(store: StateStore, operation: CompareAndSwap) -> Result:
 def _write(store: StateStore, key: bytes, value: bytes | None) -> Result:
     if value is None:
         return Done(store.delete(key))
+    if len(value) > MAX_STORED:
+        return Failed(f"a value has at most {MAX_STORED} bytes")
     changed = store.get(key) != value
     try:
         store.put(key, value)

@@ -1,10 +1,11 @@
 """The services: what they do, that they never raise, and that a refused operation changes nothing."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cloudfit_orchestrator.bft.store import MAX_KEY, MAX_VALUE, StateStore
+from cloudfit_orchestrator.bft.clients import MAX_RESULT
+from cloudfit_orchestrator.bft.store import MAX_KEY, StateStore
 from cloudfit_orchestrator.model.errors import BadError, BadInputError
 from cloudfit_orchestrator.services import counter, kv
 from cloudfit_orchestrator.services.registry import load
@@ -26,6 +27,9 @@ def test_kv_reads_what_was_written():
     assert do(kv.Put(b"a", b"1")) == kv.Done(changed=True)
     assert do(kv.Put(b"a", b"1")) == kv.Done(changed=False)
     assert do(kv.Get(b"a")) == kv.Value(b"1")
+    assert do(kv.Put(b"large", bytes(kv.MAX_STORED))) == kv.Done(changed=True)
+    assert len(do.service.execute(do.store, kv.encode_operation(kv.Get(b"large")))) <= MAX_RESULT
+    assert len(do.service.execute(do.store, kv.encode_operation(kv.List()))) <= MAX_RESULT
     assert do(kv.Delete(b"a")) == kv.Done(changed=True)
     assert do(kv.Delete(b"a")) == kv.Done(changed=False)
     assert do(kv.Get(b"a")) == kv.Value(None)
@@ -56,7 +60,7 @@ def test_kv_lists_in_pages():
         after = page.items[-1][0]
     assert seen == [b"k/%05d" % i for i in range(2500)]
     for i in range(4):
-        do(kv.Put(b"big%d" % i, bytes(200 << 10)))
+        do(kv.Put(b"big%d" % i, bytes(100 << 10)))
     page = do(kv.List(b"big"))
     assert isinstance(page, kv.Entries)
     assert (len(page.items), page.more) == (1, True)
@@ -69,8 +73,8 @@ def test_kv_lists_in_pages():
         kv.Put(b"\0clients", b"x"),
         kv.Get(b"\0clients"),
         kv.Put(b"k" * (MAX_KEY + 1), b""),
-        kv.Put(b"k", bytes(MAX_VALUE + 1)),
-        kv.CompareAndSwap(b"k", None, bytes(MAX_VALUE + 1)),
+        kv.Put(b"k", bytes(kv.MAX_STORED + 1)),
+        kv.CompareAndSwap(b"k", None, bytes(kv.MAX_STORED + 1)),
         kv.List(b"k" * (MAX_KEY + 1)),
     ],
 )
@@ -82,6 +86,7 @@ def test_kv_refuses_and_changes_nothing(operation):
 
 
 @given(st.binary(max_size=40))
+@example(b"\x92\xa2\xff\xff\xc4\x00")
 @settings(max_examples=300)
 def test_kv_never_raises_and_answers_equally(data):
     first, second = Kv(), Kv()

@@ -1,0 +1,94 @@
+"""Keeps one connection to a replica: dials, checks who answered, and dials again with a bounded back-off."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+
+from cloudfit_orchestrator.guest.links import Link, SendQueue
+from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.model.errors import BadError
+
+HANDSHAKE_TIMEOUT_S = 10.0  # under TCG a handshake takes tens of milliseconds
+FIRST_WAIT_S = 0.05
+LAST_WAIT_S = 2.0
+MAX_PORT = 65535
+
+
+class Dialler:
+    """One peer, for as long as it is wanted. Frames wait in `queue` while there is no connection."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        *,
+        group: str,
+        credentials: Credentials,
+        received: Callable[[Link, bytes], None],
+        limit: int,
+        queue: SendQueue,
+        counters: Counter[str],
+    ) -> None:
+        """Begins to dial. `received` gets the bodies that come back, of at most `limit` bytes."""
+        self.peer = peer
+        self._directory = Directory(group, [peer])
+        self._credentials = credentials
+        self._received = received
+        self._limit = limit
+        self._queue = queue
+        self._counters = counters
+        self._link: Link | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def connected(self) -> bool:
+        """Whether a frame sent now would leave now."""
+        return self._link is not None
+
+    def send(self, body: bytes) -> None:
+        """Queue a frame."""
+        self._queue.put(body)
+        if self._link is not None:
+            self._link.flush_soon()
+
+    def close(self) -> None:
+        """Stop, dropping what waits."""
+        self._task.cancel()
+        if self._link is not None:
+            self._link.abort("peer forgotten")
+
+    async def _run(self) -> None:
+        host, _, port = self.peer.address.rpartition(":")
+        if not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
+            self._counters["malformed address"] += 1
+            return
+        loop = asyncio.get_running_loop()
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                context = self._credentials.client_context(self.peer.channel_ca)
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                    _, link = await loop.create_connection(
+                        self._make, host.strip("[]"), int(port), ssl=context, server_hostname=""
+                    )
+            except (OSError, TimeoutError, BadError) as error:
+                self._counters[f"dial failed: {type(error).__name__}"] += 1
+            else:
+                made_s = loop.time()
+                self._link = link
+                await link.closed
+                self._link = None
+                if loop.time() - made_s > LAST_WAIT_S:
+                    wait_s = FIRST_WAIT_S  # not so where the peer accepts and hangs up
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1))
+            wait_s = min(2 * wait_s, LAST_WAIT_S)
+
+    def _make(self) -> Link:
+        return Link(
+            identify=lambda _, certificate: self._directory.peer(certificate) == self.peer.peer_id,
+            received=self._received,
+            ended=lambda _: None,
+            limit=self._limit,
+            queue=self._queue,
+            counters=self._counters,
+        )
