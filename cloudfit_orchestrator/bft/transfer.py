@@ -21,6 +21,7 @@ from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 
 RETRY_S = 0.5  # a source that has not answered by then is asked again, or another is; liveness only
 EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
+STALLED_S = 2.0
 PARALLEL = 16  # chunks asked of one peer at once; they may be large
 
 
@@ -47,15 +48,26 @@ class Figures:
 class Transfer:
     """One state to be had: that with Merkle root `root`, after `slot`."""
 
-    def __init__(self, slot: int, root: bytes, local: Snapshot | None, send: Callable[[str, object], None]) -> None:
-        """`local`: a state whose equal chunks are taken over; `send(peer, message)` asks a source."""
+    def __init__(
+        self,
+        slot: int,
+        root: bytes,
+        local: Snapshot,
+        send: Callable[[str, object], None],
+        before: "Transfer | None" = None,
+    ) -> None:
+        """`local`: a state whose equal chunks are taken over, like those of `before`, a transfer that this one replaces;
+        `send(peer, message)` asks a source.
+        """
         self.slot = slot
         self.root = root
         self.figures = Figures()
         self._local = local
+        self._known = {chunk_hash(data): data for data in before.chunks.values()} if before is not None else {}
+        self._news_s = 0.0
         self._send = send
         self._hashes: list[bytes] = []
-        self._chunks: dict[int, bytes] = {}
+        self.chunks: dict[int, bytes] = {}
         self._asked: dict[str, tuple[float, set[int]]] = {}  # source -> (when, chunks outstanding)
         self._refused: dict[str, set[int]] = {}  # source -> chunks it cannot give, or gave wrong
         self._index_asked_s = -1e9
@@ -67,16 +79,22 @@ class Transfer:
     @property
     def done(self) -> bool:
         """All chunks are here."""
-        return bool(self._hashes) and len(self._chunks) == BUCKETS
+        return bool(self._hashes) and len(self.chunks) == BUCKETS
+
+    def stalled(self, now_s: float) -> bool:
+        """Nothing has come for a while: perhaps nobody keeps this state any more."""
+        return now_s - self._news_s > STALLED_S
 
     def result(self) -> Snapshot:
         """The state. Raises BadError if a chunk with the right hash is not canonical: then the root never was."""
-        return Snapshot.from_chunks([self._chunks[i] for i in range(BUCKETS)])
+        return Snapshot.from_chunks([self.chunks[i] for i in range(BUCKETS)])
 
     def tick(self, now_s: float, peers: list[str], exporters: list[str]) -> None:
         """Ask for what is missing; exporters first, each peer for its share."""
         if not peers:
             return
+        if not self._news_s:
+            self._news_s = now_s
         if not self._hashes:
             if now_s - self._index_asked_s >= RETRY_S:
                 self._index_asked_s = now_s
@@ -89,7 +107,7 @@ class Transfer:
                 del self._asked[source]
             else:
                 outstanding |= indices
-        lacking = [i for i in range(BUCKETS) if i not in self._chunks and i not in outstanding]
+        lacking = [i for i in range(BUCKETS) if i not in self.chunks and i not in outstanding]
         from_disk: set[int] = set()  # these wait for an exporter's word
         for source in exporters:
             if source not in self._exporter_knows:
@@ -127,7 +145,7 @@ class Transfer:
                 self._exporter_knows.add(source)
                 stale = {i for i in range(BUCKETS) if hashes[i] != self._hashes[i]}
                 self._refused[source] = stale
-                self.figures.stale[source] = len(stale - self._chunks.keys())
+                self.figures.stale[source] = len(stale - self.chunks.keys())
             return True
         if self._hashes or message.root != self.root:
             return True
@@ -137,11 +155,13 @@ class Transfer:
         except BadError:
             return False
         self._hashes = hashes
-        if self._local is not None:
-            for i, known in enumerate(self._local.chunk_hashes):
-                if known == hashes[i]:
-                    self._chunks[i] = self._local.chunk(i)
-                    self.figures.kept += 1
+        for i, known in enumerate(self._local.chunk_hashes):
+            if known == hashes[i]:
+                self.chunks[i] = self._local.chunk(i)
+                self.figures.kept += 1
+            elif hashes[i] in self._known:
+                self.chunks[i] = self._known[hashes[i]]
+        self._known = {}
         return True
 
     def chunk(self, source: str, message: Chunk, now_s: float) -> Blame | None:
@@ -149,6 +169,7 @@ class Transfer:
         index = message.index
         if message.root != self.root or not self._hashes or not 0 <= index < BUCKETS:
             return None
+        self._news_s = now_s
         asked = self._asked.get(source)
         if asked is None or index not in asked[1]:
             return None
@@ -156,7 +177,7 @@ class Transfer:
         self._asked[source] = (now_s, asked[1])
         if not asked[1]:
             del self._asked[source]
-        if index in self._chunks:
+        if index in self.chunks:
             return None
         if message.missing:
             self._refused.setdefault(source, set()).add(index)
@@ -167,7 +188,7 @@ class Transfer:
             blame = Blame(index, source)
             self.figures.corrupt.append(blame)
             return blame
-        self._chunks[index] = message.data
+        self.chunks[index] = message.data
         self.figures.fetched[source] += 1
         self.figures.bytes[source] += len(message.data)
         return None
