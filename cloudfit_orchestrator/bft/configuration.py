@@ -79,6 +79,7 @@ class Configuration:
         self.hash = envelope_hash
         self._verifier = verifier
         self._controllers = controller_keys
+        self._window = record.parameters.window
         self.checker = BundleChecker(record, verifier)
         self.statements = Statements(record, verifier)
         self.attestations = Attestations(record)
@@ -346,7 +347,7 @@ class Configuration:
                     self.statements.requests[req.replica] = (req.target, req.signature)
         else:
             target, retires = WEDGE, ()
-        if not stream.complete(self.record.parameters.window):
+        if not stream.complete(self._window):
             return  # read from an anchor too near to tell what the log holds: this judge cannot count the vote
         votes = self.votes[stream.replica]
         votes[target] = vote_of(self.record, name, stream.state, list(stream.kept.values()), retires)
@@ -478,17 +479,41 @@ class Configuration:
             stream = self.streams.get(name.replica)
             if stream is None:
                 return False
-            vote = self.votes[name.replica].get(target)
+            vote = self.votes[name.replica].get(target) or self._vote_again(stream, target, name)
             if vote is not None:
                 if vote.name != name:
                     return False
                 votes.append(vote)
-            elif stream.stands(name.cv) is False or (name.cv <= stream.cursor and stream.kept.get(name.cv)):
+            elif stream.stands(name.cv) is False or not self._may_be(stream, target, name):
                 return False
             else:
                 unknown = True
                 self.wanted.streams[name.replica] = max(name.cv, self.wanted.streams.get(name.replica, 0))
         return None if unknown else votes
+
+    def _may_be(self, stream: Stream, target: int, name: Named) -> bool:
+        """False if the message at that counter is held and is no vote for `target`."""
+        kept = stream.kept.get(name.cv)
+        if kept is None:
+            return True
+        if kept.digest != name.digest:
+            return False
+        if target == WEDGE:
+            return isinstance(kept.header, Wedge)
+        return isinstance(kept.header, ViewChange) and kept.header.g == target
+
+    def _vote_again(self, stream: Stream, target: int, name: Named) -> Vote | None:
+        """A vote that was let go, read off the kept stream once more."""
+        kept = stream.kept.get(name.cv)
+        if kept is None or not self._may_be(stream, target, name) or not isinstance(kept.header, ViewChange):
+            return None
+        before = stream.kept.get(name.cv - 1)
+        state = before.state if before is not None else stream.base_state
+        anchor = stream.anchor()
+        if anchor is not None and (name.cv <= anchor.message.cv or anchor.state.h > state.h - self._window):
+            return None
+        log = [item for cv, item in stream.kept.items() if cv < name.cv]
+        return vote_of(self.record, name, state, log, self._retires(kept.header.retires))
 
     def new_view_cited(self, leader: str, message: CommitNewView) -> NewView | None:
         """See `judge.Evidence`."""
@@ -539,7 +564,7 @@ class Configuration:
         end, stream = self.epoch_ends.get(replica), self.streams[replica]
         if end is None or stream.ended is not None or stream.cursor != end.cv_end:
             return None
-        if not stream.complete(self.record.parameters.window):
+        if not stream.complete(self._window):
             return None
         name = Named(replica, end.cv_end + 1, end.last_digest)
         vote = vote_of(self.record, name, stream.state, list(stream.kept.values()), ())
@@ -571,7 +596,7 @@ class Configuration:
     # ------------------------------------------------------------------------------------------------------------ garbage
     def truncate(self, floor: int) -> None:
         """Forget what no log, view or slot above `floor` (own stable slot - L) needs (protocol §4)."""
-        window = self.record.parameters.window
+        window = self._window
         for stream in self.streams.values():
             stream.truncate(self.attestations.attested(stream.replica), window)
         # NEW-VIEW(e) is kept while e is current: until all but f streams have gone beyond it.

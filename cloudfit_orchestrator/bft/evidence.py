@@ -10,6 +10,7 @@ from cloudfit_orchestrator.model.signing import DIGEST_BYTES, Verifier
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
 MAX_CHECKPOINT_SLOTS = 16  # slots with CHECKPOINTs under collection; a window has 4
+MAX_VIEW = 1 << 62
 MAX_LOOSE_BATCHES = 256  # batches held that no standing proposal names yet
 
 
@@ -57,6 +58,8 @@ class Statements:
             slot, digest = LAYOUT[Kind.CHECKPOINT].unpack(message.body)
             if slot <= above:
                 return True
+            if slot % self._record.parameters.checkpoint_period:
+                return False  # no correct member signs one there
             if not self.verify(Kind.CHECKPOINT, message.replica, message.body, message.signature):
                 return False
             self.checkpoint(message.replica, slot, digest, message.signature)
@@ -65,6 +68,8 @@ class Statements:
             (target,) = LAYOUT[Kind.REQ].unpack(message.body)
             if target <= self.requests.get(message.replica, (0, b""))[0]:
                 return True
+            if target >= MAX_VIEW:
+                return False
             if not self.verify(Kind.REQ, message.replica, message.body, message.signature):
                 return False
             self.requests[message.replica] = (target, message.signature)
@@ -109,14 +114,14 @@ class Statements:
 
     def valid_requests(self, g: int, certificate: Sequence[Req]) -> bool:
         """f+1 distinct members signed REQ with targets >= g."""
-        if len(certificate) > self._record.n or len({r.replica for r in certificate}) != len(certificate):
+        # Exactly f+1, all good: what a certificate carries may then be passed on as it is.
+        if len(certificate) != self._needed or len({r.replica for r in certificate}) != len(certificate):
             return False
-        good = 0
-        for req in certificate:
-            if g <= req.target < 1 << 63:
-                body = LAYOUT[Kind.REQ].pack(req.target)
-                good += self.verify(Kind.REQ, req.replica, body, req.signature)
-        return good >= self._needed
+        return all(
+            g <= req.target < MAX_VIEW
+            and self.verify(Kind.REQ, req.replica, LAYOUT[Kind.REQ].pack(req.target), req.signature)
+            for req in certificate
+        )
 
     def view_wanted(self) -> tuple[int, tuple[Req, ...]]:
         """The highest view that f+1 members ask for (or a higher one), with their REQs; (0, ()) if there is none."""

@@ -15,7 +15,7 @@ from cloudfit_orchestrator.bft.slots import AgreementError
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.record import ConfigRecord
 
-MAX_SETS = 64  # wedge sets considered on one base: a member hands round one, and a wedge is one a member
+MAX_SETS_OF_PEER = 2  # wedge sets of one peer considered on one base: a correct one hands round one, or two if it died
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Successors:
     def __init__(self) -> None:
         self.prepared: dict[int, tuple[ConfigRecord, bytes]] = {}  # c' -> (record, envelope)
         self.sets: dict[tuple[Named, ...], Outcome | None] = {}
+        self._of_peer: dict[str, set[tuple[Named, ...]]] = {}
         self.own_set: tuple[Named, ...] | None = None
         self.needs_state: int | None = None  # slot h* that the own state must reach first
 
@@ -41,10 +42,12 @@ class Successors:
         """The newest PREPARED record, the only one that may still become ACTIVE."""
         return self.prepared[max(self.prepared)] if self.prepared else None
 
-    def add_set(self, names: tuple[Named, ...]) -> bool:
-        """A peer computed S from these wedges. False if it is known or there are too many."""
-        if names in self.sets or len(self.sets) >= MAX_SETS:
+    def add_set(self, names: tuple[Named, ...], peer: str) -> bool:
+        """`peer` computed S from these wedges. False if it is known, or the peer has named others."""
+        of_peer = self._of_peer.setdefault(peer, set())
+        if names in self.sets or (peer and len(of_peer) >= MAX_SETS_OF_PEER):
             return False
+        of_peer.add(names)
         self.sets[names] = None
         return True
 

@@ -267,7 +267,7 @@ class Replica:
                     configuration.want_batch(entry.batch)
                     configuration.slots.decide(entry.s, entry.batch)
             case LogWedges():
-                self._successors.add_set(entry.wedges)
+                self._successors.add_set(entry.wedges, "")
             case LogEnd():
                 configuration.offer_end(_epoch_end(entry.end))
         self._advance()
@@ -769,7 +769,7 @@ class Replica:
                 self._take_chunk(peer, message)
             case WedgeSet():
                 if message.c == c and len(message.wedges) <= configuration.record.n:
-                    if self._successors.prepared and self._successors.add_set(message.wedges):
+                    if self._successors.prepared and self._successors.add_set(message.wedges, peer):
                         self._journal(LogWedges(message.successor, message.wedges))
             case Beacon():
                 if message.c == c:
