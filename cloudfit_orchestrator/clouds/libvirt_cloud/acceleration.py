@@ -1,7 +1,8 @@
 """KVM or not: decided by a guest of a few bytes that really runs, never by the presence of /dev/kvm.
 
-The guest is a multiboot kernel that writes one word to the ACPI power port that SeaBIOS has set up. KVM works
-exactly if the machine has powered itself off before the deadline. The domain is started with AUTODESTROY: it cannot outlive us.
+The guest is a multiboot kernel that writes one word to the ACPI power port that SeaBIOS has set up. KVM works if, and
+only if, the machine has powered itself off before the deadline. The domain is started with AUTODESTROY: it cannot
+outlive us.
 """
 
 import json

@@ -1,9 +1,11 @@
 """The connection to a libvirt daemon, and libvirt's error codes in our words."""
 
 import errno
+import grp
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -20,6 +22,8 @@ from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, Te
 DAEMON_START_TIMEOUT_S = 20.0  # libvirtd answers in under 1 s here; its first start probes every QEMU binary
 RETRY_AFTER_S = 2.0
 _RUN = Path("/run/libvirt")
+_KVM, _ROOT_ONLY = Path("/dev/kvm"), 0o600
+_DNSMASQ = Path("/var/lib/libvirt/dnsmasq")
 _DAEMONS = (("virtlogd", "virtlogd-sock"), ("libvirtd", "libvirt-sock"))  # in the order in which they must start
 _TEMPORARY = frozenset(
     {
@@ -88,6 +92,8 @@ def ensure_daemons(run: Path = _RUN) -> None:
 
     Nothing is done if they answer. PermanentError with the next command if they do not and cannot be started here.
     """
+    if os.geteuid() == 0 and not _init_runs():
+        _prepare_host()
     if all(_answers(run / name) for _, name in _DAEMONS):
         return
     tried = f"reach libvirtd at {run / 'libvirt-sock'}"
@@ -107,6 +113,22 @@ def ensure_daemons(run: Path = _RUN) -> None:
         )
     for daemon, name in _DAEMONS:
         _start(daemon, run / name)
+
+
+def _prepare_host() -> None:
+    """Do what udev and the package's units would have done before libvirtd starts."""
+    # With a root-only /dev/kvm libvirtd finds KVM while it probes and misses it right after, takes every cached
+    # capability for stale and probes QEMU anew in each call: seconds instead of milliseconds.
+    if _KVM.exists() and stat.S_IMODE(_KVM.stat().st_mode) == _ROOT_ONLY:
+        try:
+            group = grp.getgrnam("kvm").gr_gid
+        except KeyError:
+            return
+        os.chown(_KVM, 0, group)
+        _KVM.chmod(0o660)
+    # Made by libvirtd only together with its first dnsmasq; the bridges of networks without one need it too.
+    if _DNSMASQ.parent.is_dir():
+        _DNSMASQ.mkdir(exist_ok=True)
 
 
 def _start(daemon: str, path: Path) -> None:

@@ -12,7 +12,7 @@ from cloudfit_orchestrator.model.errors import BadInputError
 NAMESPACE = "https://cloudfit.dev/xmlns/machine/1"
 _TAG = f"{{{NAMESPACE}}}machine"
 _UUIDS = uuid.UUID("6f0e1f5b-6d2e-5c0e-9d9b-1a5f3c1f7a52")  # namespace of our deterministic UUIDs
-SPARE_SLOTS = 2  # PCIe root ports kept free for disks attached while the machine runs
+ROOT_PORTS = 8  # PCIe: two disks, card, serial, entropy; the rest is free for what is attached while it runs
 ROOT_TARGET, STATE_TARGET = "vda", "vdb"
 ET.register_namespace("cloudfit", NAMESPACE)
 
@@ -97,6 +97,9 @@ def domain_xml(spec: MachineSpec, host: Host, files: Files, second: Disk | None,
 def _devices(spec: MachineSpec, files: Files, second: Disk | None, network: str | None) -> ET.Element:
     devices = ET.Element("devices")
     ET.SubElement(devices, "controller", type="usb", model="none")
+    ET.SubElement(devices, "controller", type="pci", index="0", model="pcie-root")
+    for _ in range(ROOT_PORTS):
+        ET.SubElement(devices, "controller", type="pci", model="pcie-root-port")
     root = _disk(Disk(files.root, "raw"), ROOT_TARGET)
     ET.SubElement(root, "readonly")
     ET.SubElement(root, "shareable")
@@ -117,8 +120,6 @@ def _devices(spec: MachineSpec, files: Files, second: Disk | None, network: str 
     entropy = ET.SubElement(devices, "rng", model="virtio")
     _text(entropy, "backend", "/dev/urandom", model="random")
     ET.SubElement(devices, "memballoon", model="none")
-    for _ in range(SPARE_SLOTS):
-        ET.SubElement(devices, "controller", type="pci", model="pcie-root-port")
     return devices
 
 
