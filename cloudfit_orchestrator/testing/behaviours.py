@@ -159,11 +159,18 @@ class NeverProposes(OnSend):
 
     def send(self, effect: Send, message: PeerMessage) -> Done:
         """See `OnSend`."""
-        if isinstance(message, StreamMessage) and isinstance(decode_header(message.header), Prepare):
+        if isinstance(message, StreamMessage) and _is_prepare(message):
             self._left -= 1
             if self._left < 0:
                 return []
         return [(0, effect)]
+
+
+def _is_prepare(message: StreamMessage) -> bool:
+    try:
+        return isinstance(decode_header(message.header), Prepare)
+    except BadError:  # another behaviour's garbage
+        return False
 
 
 class Replays(OnSend):
