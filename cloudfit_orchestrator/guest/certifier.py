@@ -61,10 +61,11 @@ class Certifier:
         self._core = core
         self._call = call
         self._counters = counters
-        self._wanted: int | None = None  # the epoch that the core wants a session of
-        self._known: int | None = None  # the epoch whose session the core was told of
+        self._wanted: int | None = None  # the epoch that the core wants a session of, or has one of
+        self._telling = False  # the core waits for `session`; otherwise a new session is none of its business
         self._session: int | None = None  # its number, while it is good
-        self._round = 0  # grows with each session and refusal: answers of an earlier one are void
+        self._round = 0  # grows with each session wanted, opened or lost: answers to what was asked before are void
+        self._last_refusal: tuple[int, ErrorCode, float] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._uis: dict[tuple[int, int], bytes] = {}  # (c, cv) -> digest, not answered yet, in counter order
         self._statements: dict[int, Sign] = {}
@@ -90,10 +91,10 @@ class Certifier:
 
     def want_session(self, c: int | None) -> None:
         """The core's `needs_session`, after every call."""
-        if c is not None and c != self._wanted:
-            self._wanted, self._session = c, None
+        if c is not None and (c, True) != (self._wanted, self._telling):
+            self._wanted, self._telling, self._session = c, True, None
             self._round += 1
-            self._uis = {key: digest for key, digest in self._uis.items() if key[0] == c}
+            self._uis.clear()  # the core makes anew what the session does not show
             self._open_session()
 
     def certify(self, effect: Certify) -> None:
@@ -111,7 +112,9 @@ class Certifier:
         self._ask_sign(effect)
 
     def end_epoch(self, effect: EndEpoch) -> None:
-        """END_EPOCH, until the agent holds the record that supersedes c."""
+        """END_EPOCH, until the agent holds the record that supersedes c. Repeating it changes nothing."""
+        if effect.c in self._ends:
+            return
         self._ends[effect.c] = effect
         self._ask_end(effect)
 
@@ -164,8 +167,8 @@ class Certifier:
             self._resume(c, next_cv, list(RECENT_ITEM.iter_unpack(found)))
 
     def _resume(self, c: int, next_cv: int, recent: Recent) -> None:
-        if c != self._known:
-            self._known = c
+        if self._telling:
+            self._telling = False
             self._call(self._core.session, c, next_cv, recent)
             return
         made = {cv: (digest, certificate) for cv, digest, certificate in recent}
@@ -189,17 +192,23 @@ class Certifier:
         error = None if done.cancelled() else done.exception()
         if done.cancelled() or current != self._round or isinstance(error, ChannelLostError):
             return
+        self._uis.pop((c, cv), None)
         if isinstance(error, WormholeRefusedError):
-            # What was pipelined behind it is refused as well: one answer to the core, which asks again in order.
-            self._round += 1
-            self._uis = {key: digest for key, digest in self._uis.items() if key[0] != c}
-            self._counters[f"ui refused: {error.code.name}"] += 1
-            self._call(self._core.refused, c, error.code)
+            self._ui_refused(c, error.code)
             return
-        del self._uis[c, cv]
+        self._last_refusal = None
         answered, certificate = UI_CERT.unpack(done.result())
         assert answered == cv
         self._call(self._core.certified, c, cv, certificate)
+
+    def _ui_refused(self, c: int, code: ErrorCode) -> None:
+        """What was pipelined behind a refused call is refused as well: one answer to the core, which asks again."""
+        self._counters[f"ui refused: {code.name}"] += 1
+        now_s = asyncio.get_running_loop().time()
+        last = self._last_refusal
+        if last is None or last[:2] != (c, code) or now_s - last[2] > RETRY_S[0]:
+            self._last_refusal = c, code, now_s
+            self._call(self._core.refused, c, code)
 
     def _ask_sign(self, effect: Sign) -> None:
         body = SIGN_HEAD.pack(effect.c, effect.kind) + effect.body
@@ -232,6 +241,7 @@ class Certifier:
             except WormholeRefusedError as refusal:
                 self._counters[f"end of epoch refused: {refusal.code.name}"] += 1
                 if refusal.code not in _PASSING:
+                    self._ends.pop(effect.c, None)
                     return
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, RETRY_S[1])
