@@ -25,6 +25,13 @@ _DEVICES = frozenset(
 ) | frozenset({"memballoon", "input", "audio", "video", "watchdog", "panic", "tpm"})
 _OS = frozenset({"type", "kernel", "initrd", "cmdline", "boot", "bios"})
 _VOLATILE = ("seclabel", "metadata", "resource")  # host state, and the driver's own notes, which nothing runs by
+_VOLATILE_ATTRIBUTES = {
+    "domain": ("id",),
+    "target": ("state",),  # of the channel: whether a guest has it open
+    "source": ("index",),
+    "backingStore": ("index",),
+    "console": ("tty",),
+}
 _MAX_DISKS = 2
 
 
@@ -103,7 +110,6 @@ def measure_domain(domain: ET.Element, manifest: Manifest) -> Measured:
 def canonical_digest(domain: ET.Element) -> str:
     """`sha256:` of the definition without what libvirt assigns at each start."""
     copy = ET.fromstring(ET.tostring(domain))  # noqa: S314
-    copy.attrib.pop("id", None)
     for tag in _VOLATILE:
         for child in copy.findall(tag):
             copy.remove(child)
@@ -111,10 +117,11 @@ def canonical_digest(domain: ET.Element) -> str:
         for child in list(parent):
             if child.tag == "alias" or (parent.tag == "interface" and child.tag == "target"):
                 parent.remove(child)
-            elif parent.tag in ("console", "serial") and child.tag == "source":
-                child.attrib.pop("path", None) if parent.get("type") == "pty" else None
-        if parent.tag == "console":
-            parent.attrib.pop("tty", None)
+    for element in copy.iter():
+        for name in _VOLATILE_ATTRIBUTES.get(element.tag, ()):
+            element.attrib.pop(name, None)
+    for source in copy.iterfind("devices/*[@type='pty']/source"):
+        source.attrib.pop("path", None)
     text = ET.canonicalize(ET.tostring(copy, encoding="unicode"), strip_text=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -27,6 +27,7 @@ def xml(folder, **change):
         "volatile": "3",
         "vda_dev": "vda",
         "mode": "bind",
+        "state": "connected",
     } | change
     return f"""<domain type='qemu' id='{parts["volatile"]}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>ledger-r0</name><uuid>{UUID}</uuid>
@@ -41,7 +42,7 @@ def xml(folder, **change):
       <target dev='vdb' bus='virtio'/></disk>
     <interface type='network'><source network='lisbon'/><target dev='vnet{parts["volatile"]}'/></interface>
     <channel type='unix'><source mode='{parts["mode"]}' path='{folder}/channel'/>
-      <target type='virtio' name='{PORT_NAME}' state='connected'/></channel>
+      <target type='virtio' name='{PORT_NAME}' state='{parts["state"]}'/></channel>
     <console type='file'><source path='{folder}/console.log'/></console>{parts["extra"]}</devices>
   <seclabel type='dynamic'><label>libvirt-{parts["volatile"]}</label></seclabel>{parts["top"]}
 </domain>"""
@@ -153,6 +154,7 @@ def test_the_domain_digest_forgets_only_what_libvirt_assigns_at_each_start(tmp_p
         return canonical_digest(ET.fromstring(xml(tmp_path, **change)))
 
     assert digest() == digest(volatile="9")
+    assert digest() == digest(state="disconnected")
     assert digest() != digest(cmdline="quiet")
     assert digest() != digest(readonly="")
 
