@@ -34,7 +34,7 @@ def split_batch(batch: bytes) -> list[bytes]:
     """The encoded bundles. Raises BadError."""
     try:
         return _list.decode(batch)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise BadError(f"batch is malformed: {error}") from error
 
 

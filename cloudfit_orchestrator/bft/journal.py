@@ -113,5 +113,5 @@ def decode_entry(data: bytes) -> Entry:
     """Raises BadError: the log is damaged where its checksums say it is not."""
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise BadError(f"log record is malformed: {error}") from error

@@ -363,7 +363,7 @@ _peers: msgspec.msgpack.Decoder[PeerMessage] = msgspec.msgpack.Decoder(PeerMessa
 _clients: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _merges = msgspec.msgpack.Decoder(Merge)
 _bodies = msgspec.msgpack.Decoder(BundleBody)
-_MALFORMED = (msgspec.DecodeError, msgspec.ValidationError, RecursionError)
+_MALFORMED = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: Struct) -> bytes:
