@@ -22,7 +22,7 @@ from cloudfit_orchestrator.model.image import (
     seal_launch,
 )
 from cloudfit_orchestrator.model.signing import public_bytes
-from cloudfit_orchestrator.wormhole.channel import Channel
+from cloudfit_orchestrator.wormhole.channel import Channel, Verify
 from cloudfit_orchestrator.wormhole.guests import Guest, Table
 from cloudfit_orchestrator.wormhole.identity import Identity
 from cloudfit_orchestrator.wormhole.kss import ChannelCA, Lease
@@ -101,17 +101,29 @@ class Agent:
         if found is not None:
             return found.launch
         started_s = self._clock.now_s()
-        async with self._measuring:
-            measured = await asyncio.to_thread(_measure, order.machine, manifest)
-        if measured.machine != machine:
-            raise BadError(f"domain definition: machine {machine} calls itself {measured.machine}")
+        measured = await self._measure(order.machine, manifest)
         found = self.table.check_admission(order.identity, machine, image)
         if found is not None:  # the same order came twice, and the other was measured first
             return found.launch
         guest = self._guest(order, measured, image, started_s)
         self.table.admit(guest)
-        self._serve(guest, measured.channel)
+
+        async def verify() -> None:
+            if order.machine.driver == "process":
+                return  # not isolated anyway; a process that is started again has another id
+            again = await self._measure(order.machine, manifest)
+            if again.channel != measured.channel:
+                raise BadError(f"domain definition: the channel of {machine} has moved")
+
+        self._serve(guest, measured.channel, verify)
         return guest.launch
+
+    async def _measure(self, machine: MachineRef, manifest: Manifest | None) -> Measured:
+        async with self._measuring:
+            measured = await asyncio.to_thread(_measure, machine, manifest)
+        if measured.machine != _machine_id(machine):
+            raise BadError(f"domain definition: machine {_machine_id(machine)} calls itself {measured.machine}")
+        return measured
 
     def _manifest(self, order: Admission) -> Manifest | None:
         if not order.manifest and order.machine.driver == "process":
@@ -151,13 +163,13 @@ class Agent:
             welcome=order.welcome,
         )
 
-    def _serve(self, guest: Guest, path: str) -> None:
+    def _serve(self, guest: Guest, path: str, verify: Verify) -> None:
         desk = Desk(guest, self.table, self._clock, self._keep_report)
         if self._bucket is None:
             bucket = TokenBucket(self._clock)
         else:
             bucket = TokenBucket(self._clock, rate_per_s=self._bucket[0], burst=self._bucket[1])
-        channel = Channel(path, guest, self.table, desk, bucket)
+        channel = Channel(path, guest, desk, bucket, verify)
         task = asyncio.create_task(channel.run(), name=f"channel {guest.identity}")
         self._channels[guest.identity] = (channel, task)
 

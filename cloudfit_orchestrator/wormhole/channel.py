@@ -7,20 +7,23 @@ counted reason; the agent connects again, after a bounded back-off, as long as t
 import asyncio
 import logging
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable
 
 from cloudfit_orchestrator.model.channel import MAX_GUEST_FRAME, ErrorCode, FrameKind, FrameReader, frame
-from cloudfit_orchestrator.model.errors import BadError
-from cloudfit_orchestrator.wormhole.guests import MAX_COMMANDS, Guest, Table
+from cloudfit_orchestrator.model.errors import BadError, CloudfitError
+from cloudfit_orchestrator.wormhole.guests import MAX_COMMANDS, Guest
 from cloudfit_orchestrator.wormhole.refusal import Malformed
 from cloudfit_orchestrator.wormhole.requests import Desk, error_frame
 from cloudfit_orchestrator.wormhole.throttle import TokenBucket
 
 READ_BYTES = 16 << 10
 TURN_FRAMES = 16  # served in one turn of the loop, before the other guests have theirs
-BACK_OFF_S = (0.05, 1.0)  # before connecting again: first, longest
+BACK_OFF_S = (0.05, 2.0)  # before connecting again: first, longest; each connection may cost hashing an image
 MAX_STALE_BYTES = 8 << 20  # discarded before a greeting: more than a virtqueue and its sockets can hold from before
 ISSUE_TOKENS = 20.0  # two hundred microseconds of DER and signing
 BYTES_A_TOKEN = 1024.0
+
+Verify = Callable[[], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 
@@ -28,11 +31,15 @@ _log = logging.getLogger(__name__)
 class Channel:
     """One guest's channel, for as long as it is admitted."""
 
-    def __init__(self, path: str, guest: Guest, table: Table, desk: Desk, bucket: TokenBucket) -> None:
-        """`path`: the unix socket at whose other end is the guest."""
+    def __init__(self, path: str, guest: Guest, desk: Desk, bucket: TokenBucket, verify: Verify) -> None:
+        """`path`: the unix socket at whose other end is the guest. `verify` raises CloudfitError if it no longer is.
+
+        It is called on each new connection, before anything is read: the hypervisor's process behind it may be another
+        than the one that was measured.
+        """
+        self._verify = verify
         self._path = path
         self._guest = guest
-        self._table = table
         self._desk = desk
         self._bucket = bucket
         self._push_due = asyncio.Event()
@@ -70,10 +77,24 @@ class Channel:
                 if self.counters["connect-failed"] == 1:
                     _log.info("cannot connect", extra={"guest": str(self._guest.identity), "why": error.strerror})
             else:
-                if await self._connection(reader, writer):
+                if await self._verified(writer) and await self._connection(reader, writer):
                     delay_s = BACK_OFF_S[0]
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, BACK_OFF_S[1])
+
+    async def _verified(self, writer: asyncio.StreamWriter) -> bool:
+        try:
+            await self._verify()
+        except CloudfitError as error:
+            bad = isinstance(error, BadError)
+            self.counters["measurement-failed" if bad else "measurement-unknown"] += 1
+            _log.warning("not measured", extra={"guest": str(self._guest.identity), "why": error.fact[:500]})
+            writer.close()
+            return False
+        except asyncio.CancelledError:
+            writer.close()
+            raise
+        return True
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Serve one connection; True if the guest greeted and the connection ended well."""
@@ -131,9 +152,9 @@ class Channel:
                 continue  # the greeting sets the event again
             if self._records_due:
                 self._records_due = False
-                records = self._table.records(self._guest.identity.group)
+                records = self._desk.table.records(self._guest.identity.group)
                 for held in (records.active, records.prepared):
-                    if held is not None and self._table.concerned(self._guest, held):
+                    if held is not None and self._desk.table.concerned(self._guest, held):
                         writer.write(frame(FrameKind.RECORD, 0, held.envelope))
                         await self._flush(writer)
             while self._commands_due:

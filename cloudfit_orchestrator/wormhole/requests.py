@@ -40,7 +40,7 @@ class Desk:
     def __init__(self, guest: Guest, table: Table, clock: Clock, report: ReportSink) -> None:
         """`report(identity, topic, body, size)` keeps a report for the controller."""
         self._guest = guest
-        self._table = table
+        self.table = table
         self._clock = clock
         self._report = report
         self._answers: dict[int, Callable[[bytes], tuple[FrameKind, bytes]]] = {
@@ -119,7 +119,7 @@ class Desk:
     def _end_epoch(self, body: bytes) -> tuple[FrameKind, bytes]:
         (c,) = _unpack(EPOCH.size, EPOCH.unpack, body)
         epoch = self._epoch(c)
-        superseded = self._table.records(self._guest.identity.group).supersedes(c)
+        superseded = self.table.records(self._guest.identity.group).supersedes(c)
         if epoch.state is not State.ENDED and not superseded:
             raise Refusal(ErrorCode.FORBIDDEN, f"no record here supersedes configuration {c}")
         end = epoch.end()

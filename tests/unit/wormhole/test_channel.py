@@ -24,6 +24,10 @@ from cloudfit_orchestrator.model.channel import (
     FrameKind,
     frame,
 )
+from cloudfit_orchestrator.model.errors import BadError, UnknownError
+from cloudfit_orchestrator.model.image import Manifest, Role, seal_manifest
+from cloudfit_orchestrator.wormhole.agent import MachineRef
+from cloudfit_orchestrator.wormhole.measure import Measured
 from tests.unit.wormhole.world import DIGEST, GROUP, identity, world
 
 R0, R1 = identity("r0", 1), identity("r1", 2)
@@ -411,6 +415,35 @@ def test_resync_inside_a_frame_is_the_senders_own_loss():
         await guest.greet()
         guest.writer.write(frame(FrameKind.SIGN, 5, bytes(8) + b"\2" + RESYNC + bytes(48)))
         assert (await guest.read())[0] == FrameKind.ERROR  # what follows RESYNC is no frame
+        await guest.accept()
+        assert (await guest.greet())[0] == FrameKind.WELCOME
+
+    run(scenario)
+
+
+def test_another_machine_behind_the_same_channel_is_measured_again_and_gets_nothing(monkeypatch):
+    """The domain was stopped and started from other bytes: the socket is the same, what runs is not."""
+
+    async def scenario(w):
+        verdicts = []
+
+        def measure(uri, uuid, manifest):
+            if verdicts and (verdict := verdicts.pop(0)):
+                raise verdict
+            return Measured(uuid, "sha256:0", f"{w.folder}/r0-1", isolated=True)
+
+        monkeypatch.setattr("cloudfit_orchestrator.wormhole.agent.measure_libvirt", measure)
+        nothing = {"command_line": "", "verity_root": "", "parts": (), "packages": (), "lineage": "x"}
+        manifest = seal_manifest(Manifest("x", Role.REPLICA, adversary=False, **nothing), w.image_key)
+        guest = await w.admit(R0, machine=MachineRef("libvirt", uri="qemu:///system", uuid="u"), manifest=manifest)
+        assert (await guest.greet())[0] == FrameKind.WELCOME
+        verdicts += [BadError("kernel: differs"), UnknownError("libvirt does not answer"), None]
+        guest.writer.close()
+        for _ in range(2):
+            await guest.accept()
+            with pytest.raises((EOFError, ConnectionError)):
+                await guest.greet()
+        assert (counters(w)["measurement-failed"], counters(w)["measurement-unknown"]) == (1, 1)
         await guest.accept()
         assert (await guest.greet())[0] == FrameKind.WELCOME
 
