@@ -347,6 +347,8 @@ class Guest:
     serves: int | None = None  # the configuration it is ready in
     learners: set[str] = field(default_factory=set)  # peers it was told to serve
     learning: bool = False
+    observes: bool = False  # it was told its base
+    told_ended: set[tuple[str, int]] = field(default_factory=set)
     retired: set[str] = field(default_factory=set)
 
 
@@ -529,10 +531,17 @@ class FakeAgent:
                 g.learners.discard(body["peer_id"])
             elif body["op"] == "retire":
                 g.retired.add(body["order"])
+            elif body["op"] == "ended":
+                g.told_ended.add((body["end"]["replica"], body["end"]["c"]))
             elif body["op"] == "base":
-                self._learn(g)
+                g.observes = True
+                if not body["wait_source"]:
+                    self._learn(g)
             elif body["op"] == "source":
-                self._extract(g, body["peer"])
+                if not g.observes:
+                    raise BadInputError(f"{g.ref} got a source before its base")
+                if body["peer"] is None or self._extract(g, body["peer"]):
+                    self._learn(g)
 
     def _learn(self, guest: Guest) -> None:
         me = f"{guest.ref.replica}#{guest.ref.incarnation}"
@@ -546,19 +555,22 @@ class FakeAgent:
         self._say(guest, "learner", h=10, slot=12, behind=3)
         self._say(guest, "learner", h=10, slot=15, behind=0)
 
-    def _extract(self, guest: Guest, peer: dict[str, str]) -> None:
+    def _extract(self, guest: Guest, peer: dict[str, str]) -> bool:
         name, _, incarnation = peer["peer_id"].partition("#")
         exporter = self.guests.get(GuestRef(guest.ref.group, name, int(incarnation)))
         if exporter is None or exporter.role is not Role.RECOVERY or not self._runs(exporter):
             raise NotAdmittedError(f"no recovery machine {peer['peer_id']} runs here")
         if self._cloud.specs[exporter.machine].attach is None:
             raise BadInputError("a recovery machine without a snapshot")
+        if f"{guest.ref.replica}#{guest.ref.incarnation}" not in exporter.learners:
+            raise BadInputError(f"{peer['peer_id']} was not told to serve {guest.ref}")
         if self.extract_fails:
-            return
+            return False
         self._say(
             guest, "transfer", slot=15, chunks=8, kept=5, fetched=3, corrupt=[{"chunk": 2, "source": peer["peer_id"]}],
             **{"from": {peer["peer_id"]: 5000, "peers": 3000}},
         )  # fmt: skip
+        return True
 
     def reports(self, since: int, wait_s: float = 0.0, group: str | None = None) -> tuple[list[Report], int]:
         """See `Agent`."""

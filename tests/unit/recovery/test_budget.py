@@ -24,7 +24,7 @@ S, L, X = Condition.SERVING, Condition.LOST, Condition.SUSPECTED
         ("r0", [S], 0, 0, False),
     ],
 )
-def test_budget(replica: str, states: list[Condition], f: int, k: int, allowed: bool) -> None:
+def test_budget(replica: str, states: list[Condition], f: int, k: int, allowed: bool) -> None:  # noqa: FBT001
     conditions = {f"r{i}": s for i, s in enumerate(states)}
     if allowed:
         budget = check_budget(replica, conditions, f=f, k=k)

@@ -16,7 +16,8 @@ DUE, SUSPECTED = Circumstances(), Circumstances(suspected=True)
 
 def test_the_plan_of_a_due_replica() -> None:
     assert [s.value for s in plan(DUE)] == [
-        "launch", "precopy", "retire", "freeze", "extract", "close", "prepare", "confirm", "activate", "ready", "clean",
+        "launch", "snapshot", "extract", "precopy", "retire", "freeze", "judge", "close",
+        "prepare", "confirm", "activate", "ready", "clean",
         "done",
     ]  # fmt: skip
 
@@ -24,6 +25,7 @@ def test_the_plan_of_a_due_replica() -> None:
 def test_the_new_machine_is_up_to_date_before_the_old_one_is_frozen() -> None:
     stages = plan(DUE)
     assert stages.index(Stage.PRECOPY) < stages.index(Stage.FREEZE)
+    assert next_stage(Stage.EXTRACT, Event.INCOMPLETE, DUE) is Stage.PRECOPY
 
 
 def test_the_old_epoch_is_closed_before_prepared_is_written() -> None:
@@ -33,18 +35,18 @@ def test_the_old_epoch_is_closed_before_prepared_is_written() -> None:
 
 def test_a_lost_machine_is_replaced_from_peers_only() -> None:
     stages = plan(Circumstances(lost=True))
-    assert not {Stage.FREEZE, Stage.EXTRACT, Stage.CLOSE} & set(stages)
+    assert not {Stage.SNAPSHOT, Stage.EXTRACT, Stage.FREEZE, Stage.CLOSE} & set(stages)
     assert stages[-1] is Stage.DONE
 
 
-def test_an_incomplete_log_puts_off_who_was_only_due() -> None:
-    assert next_stage(Stage.EXTRACT, Event.INCOMPLETE, DUE) is Stage.THAW
+def test_a_missing_vote_puts_off_who_was_only_due() -> None:
+    assert next_stage(Stage.JUDGE, Event.INCOMPLETE, DUE) is Stage.THAW
     assert next_stage(Stage.THAW, Event.OK, DUE) is Stage.PUT_OFF
 
 
 @pytest.mark.parametrize("circumstances", [SUSPECTED, Circumstances(put_off_before=True)])
-def test_an_incomplete_log_closes_who_is_suspected_or_was_put_off(circumstances: Circumstances) -> None:
-    assert next_stage(Stage.EXTRACT, Event.INCOMPLETE, circumstances) is Stage.CLOSE
+def test_a_missing_vote_closes_who_is_suspected_or_was_put_off(circumstances: Circumstances) -> None:
+    assert next_stage(Stage.JUDGE, Event.INCOMPLETE, circumstances) is Stage.CLOSE
 
 
 def test_after_prepared_there_is_no_way_back_but_another_record_on_the_same_base() -> None:
