@@ -120,7 +120,7 @@ def _boot_files(
     script = hashlib.sha256(kernel.INIT_SCRIPT.read_bytes()).hexdigest()
     made = content_key(
         "boot", inputs.kernel.sha256, *(p.sha256 for p in inputs.initramfs), base.kernel, base.initramfs, script,
-        _source("kernel.py"),
+        _source("kernel.py"), verity.TIMESTAMP,
     )  # fmt: skip
     boot = work / "boot"
     if not store.restore(made, boot):
@@ -142,7 +142,7 @@ def _root_tree(recipe: Recipe, inputs: _Inputs, store: Store, work: Path, progre
     base = recipe.base
     made = content_key(
         "base", *(p.sha256 for p in [*inputs.debs, *inputs.wheels]), base.python, base.prune, base.must_import,
-        _source("root.py"), _source("packages.py"),
+        _source("root.py"), _source("packages.py"), verity.TIMESTAMP,
     )  # fmt: skip
     tree = work / "root"
     if not store.restore(made, tree):

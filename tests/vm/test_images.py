@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cloudfit_orchestrator.guest import init
 from cloudfit_orchestrator.launcher import verity
 from cloudfit_orchestrator.launcher.build import build_image
 from cloudfit_orchestrator.launcher.recipe import RECIPES
@@ -160,6 +162,21 @@ def test_an_image_boots_into_its_entry_and_restarts_it(images, tmp_path):
         assert said["gateway"] == "['0202000A']"
         assert re.findall(r"^probe: refused (.*)$", text, re.MULTILINE) == ["nosuch0 ENODEV", "eth0 ENETUNREACH"]
         assert len(json.loads(said["ports"].replace("'", '"'))) == 1
+
+
+def test_a_device_that_comes_late_is_waited_for_by_the_kernel_s_announcement(tmp_path):
+    path = tmp_path / "device"
+
+    def announce() -> None:
+        path.touch()
+        Path("/sys/class/mem/null/uevent").write_text("change")  # asks the kernel to repeat an announcement
+
+    timer = threading.Timer(0.3, announce)
+    timer.start()
+    began = time.monotonic()
+    assert init.wait_for_device(str(path), 60)
+    assert time.monotonic() - began < 30
+    timer.join()
 
 
 def test_a_missing_optional_state_disk_is_told_to_the_entry(images, tmp_path):

@@ -17,9 +17,14 @@ from cloudfit_orchestrator.model.signing import public_bytes
 from .images import KEY, TRUSTED, flip, make_image, sign
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    return make_image(tmp_path_factory.mktemp("pristine"))
+
+
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
-    return make_image(tmp_path)
+def image(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / pristine.name))
 
 
 def part_of(image: Path, name: str):
@@ -96,7 +101,7 @@ def test_a_stranger_s_signature_is_refused(image):
         ("manifest.json", "manifest"),
     ],
 )
-def test_missing_truncated_and_extended_files_are_refused(tmp_path, file, parts):
+def test_missing_truncated_and_extended_files_are_refused(pristine, tmp_path, file, parts):
     for name, change in (
         ("missing", lambda p: p.unlink()),
         ("link", lambda p: (p.rename(tmp_path / "elsewhere"), p.symlink_to(tmp_path / "elsewhere"))),
@@ -104,7 +109,7 @@ def test_missing_truncated_and_extended_files_are_refused(tmp_path, file, parts)
         ("extended", lambda p: p.write_bytes(p.read_bytes() + b"\0")),
         ("empty", lambda p: p.write_bytes(b"")),
     ):
-        image = make_image(tmp_path / name)
+        image = Path(shutil.copytree(pristine, tmp_path / name / pristine.name))
         change(image / file)
         with pytest.raises(BadError, match=f"refused: {parts}: "):
             verify_image(image, TRUSTED)
