@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import datetime as dt
+import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from cloudfit_orchestrator.wormhole.requests import Desk
 from cloudfit_orchestrator.wormhole.throttle import TokenBucket
 
 MAX_MEASURING = 2  # at a time: each reads a whole image
+
+_log = logging.getLogger(__name__)
 
 
 class BoottimeClock:
@@ -171,7 +174,14 @@ class Agent:
             bucket = TokenBucket(self._clock, rate_per_s=self._bucket[0], burst=self._bucket[1])
         channel = Channel(path, guest, desk, bucket, verify)
         task = asyncio.create_task(channel.run(), name=f"channel {guest.identity}")
+        task.add_done_callback(self._channel_ended)
         self._channels[guest.identity] = (channel, task)
+
+    def _channel_ended(self, task: asyncio.Task[None]) -> None:
+        """Only evict ends a channel; anything else is a fault of ours that costs this guest its voice: say it loudly."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.counters["channel-internal"] += 1
+            _log.error("channel failed", exc_info=error, extra={"guest": task.get_name()})
 
     def _keep_report(self, guest: Identity, topic: str, body: dict[str, Any], size: int) -> None:
         self.counters["reports"] += 1

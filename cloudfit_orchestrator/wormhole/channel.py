@@ -44,6 +44,7 @@ class Channel:
         self._bucket = bucket
         self._push_due = asyncio.Event()
         self._records_due = False
+        self._pushed: tuple[bytes, ...] = ()  # the last two records that this process of the guest got
         self._commands_due: deque[bytes] = deque(maxlen=MAX_COMMANDS)
         self._drain = asyncio.Lock()
         self.counters: Counter[str] = Counter()
@@ -63,6 +64,7 @@ class Channel:
     def _greeting(self) -> None:
         """A process of the guest said HELLO: it may know nothing of what was pushed to the one before it."""
         self.greeted = True
+        self._pushed = ()
         self._commands_due = deque(self._guest.commands, MAX_COMMANDS)
         self.push_records()
 
@@ -154,7 +156,9 @@ class Channel:
                 self._records_due = False
                 records = self._desk.table.records(self._guest.identity.group)
                 for held in (records.active, records.prepared):
-                    if held is not None and self._desk.table.concerned(self._guest, held):
+                    new = held is not None and held.envelope not in self._pushed
+                    if held is not None and new and self._desk.table.concerned(self._guest, held):
+                        self._pushed = (*self._pushed[-1:], held.envelope)
                         writer.write(frame(FrameKind.RECORD, 0, held.envelope))
                         await self._flush(writer)
             while self._commands_due:

@@ -97,6 +97,22 @@ def test_active_then_prepared_then_commands_are_pushed_after_welcome_and_again_t
     run(scenario)
 
 
+def test_a_record_is_pushed_once_to_a_process_of_the_guest():
+    async def scenario(w):
+        guest = await w.admit(R0)
+        _, active = w.activate(1)
+        await guest.greet()
+        assert await guest.read() == (FrameKind.RECORD, 0, active)
+        prepared, _ = w.seal(2, 1)
+        w.agent.install(GROUP, prepared)
+        w.agent.install(GROUP, prepared)
+        assert await guest.read() == (FrameKind.RECORD, 0, prepared)
+        await guest.ask(FrameKind.REPORT, b'{"topic": "x"}')
+        assert guest._inbox == []
+
+    run(scenario)
+
+
 def test_pipelined_calls_are_answered_in_order_in_one_round_trip():
     async def scenario(w):
         guest = await w.admit(R0)
