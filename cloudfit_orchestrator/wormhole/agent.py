@@ -178,7 +178,7 @@ class Agent:
         self._channels[guest.identity] = (channel, task)
 
     def _channel_ended(self, task: asyncio.Task[None]) -> None:
-        """Only evict ends a channel; anything else is a fault of ours that costs this guest its voice: say it loudly."""
+        """Only evict ends a channel; anything else is a fault of ours that costs this guest its voice."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self.counters["channel-internal"] += 1
             _log.error("channel failed", exc_info=error, extra={"guest": task.get_name()})
