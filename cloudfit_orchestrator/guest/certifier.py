@@ -45,6 +45,25 @@ class Core(Protocol):
     def epoch_ended(self, end: EpochEnd) -> None: ...
 
 
+class Nobody:
+    """A core that wants nothing: machines that only report."""
+
+    def session(self, c: int, next_cv: int, recent: Recent) -> None:
+        """See Core."""
+
+    def certified(self, c: int, cv: int, certificate: bytes) -> None:
+        """See Core."""
+
+    def refused(self, c: int, code: ErrorCode) -> None:
+        """See Core."""
+
+    def signed(self, token: int, signature: bytes) -> None:
+        """See Core."""
+
+    def epoch_ended(self, end: EpochEnd) -> None:
+        """See Core."""
+
+
 class LostCounterError(Exception):
     """The wormhole's counter is not where this process left it: only a restart from the log can tell."""
 

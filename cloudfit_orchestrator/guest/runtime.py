@@ -167,6 +167,7 @@ class Runtime:
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         greeter = Greeter(self._port)
+        self.channel = greeter.channel
         channel_task = self._loop.create_task(greeter.channel.run())
         self.durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
         snapshots = await asyncio.to_thread(self.durable.snapshots.load)
@@ -194,7 +195,7 @@ class Runtime:
         self._log("listening", host=host, port=self.welcome.port, cut_bytes=self.durable.log.cut_bytes)
         for damage in self.durable.snapshots.damaged[:1]:
             self._log("damaged snapshots", first=damage.fact, count=len(self.durable.snapshots.damaged))
-        greeter.attach(Handlers(self._reopened, self.certifier.channel_lost, self._record, self._command))
+        greeter.attach(Handlers(self._reopened, self.certifier.channel_lost, self._record, self.command))
         ticking = self._loop.create_task(self._tick())
         try:
             await self._over
@@ -239,7 +240,8 @@ class Runtime:
     def _record(self, envelope: bytes) -> None:
         self.call(self._believe, self.replica.record, envelope)
 
-    def _command(self, body: dict[str, Any]) -> None:
+    def command(self, body: dict[str, Any]) -> None:
+        """A COMMAND push."""
         self.call(self._believe, self.replica.command, body)
 
     def _believe(self, method: Callable[[Any], None], value: object) -> None:
@@ -271,12 +273,13 @@ class Runtime:
             return
         try:
             for effect in self.replica.effects():
-                self._carry_out(effect)
+                self.carry_out(effect)
             self.certifier.want_session(self.replica.needs_session)
         except Exception as error:  # noqa: BLE001  see `call`
             self._crash(error)
 
-    def _carry_out(self, effect: Effect) -> None:
+    def carry_out(self, effect: Effect) -> None:
+        """What each effect demands: see `bft.effects`."""
         match effect:
             case Append() | Rewrite():
                 self.durable.write(effect)
@@ -291,11 +294,15 @@ class Runtime:
             case Answer():
                 self.transport.answer(effect.client, effect.body)
             case SaveSnapshot():
-                self.durable.save(effect, lambda: self.call(self.replica.saved, effect.c, effect.slot))
+                self.durable.save(effect, lambda: self.saved(effect))
             case DropSnapshots():
                 self.durable.drop(effect)
             case Report():
                 self._report(effect)
+
+    def saved(self, effect: SaveSnapshot) -> None:
+        """A snapshot is durable."""
+        self.call(self.replica.saved, effect.c, effect.slot)
 
     def _report(self, effect: Report) -> None:
         if effect.topic == "ready":

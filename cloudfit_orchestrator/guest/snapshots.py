@@ -129,17 +129,29 @@ class SnapshotFiles:
 
     def read(self, index: Index, chunk: int) -> bytes:
         """Chunk `chunk` of a snapshot, verified. Raises BadError if the disk holds something else, or nothing."""
+        data = self.read_unchecked(index, chunk)
+        if chunk_hash(data) != index.chunk_hashes[chunk]:
+            raise BadError(f"chunk {chunk} of snapshot ({index.c}, {index.slot}) does not match its hash")
+        return data
+
+    def is_sound(self, index: Index, chunk: int) -> bool:
+        """Whether `read` would give the chunk."""
+        try:
+            self.read(index, chunk)
+        except BadError:
+            return False
+        return True
+
+    def read_unchecked(self, index: Index, chunk: int) -> bytes:
+        """What lies where the index says that the chunk is; the reader checks it. Raises BadError if nothing does."""
         place = index.places[chunk]
         if place.length > MAX_CHUNK:
             raise BadError(f"chunk {chunk} is said to have {place.length} bytes, the limit is {MAX_CHUNK}")
         try:
             with open_regular(self._pack_path(place.pack)) as file:
-                data = os.pread(file.fileno(), place.length, place.offset)
+                return os.pread(file.fileno(), place.length, place.offset)
         except (OSError, OverflowError) as error:
             raise BadError(f"chunk {chunk} cannot be read: {error}") from error
-        if chunk_hash(data) != index.chunk_hashes[chunk]:
-            raise BadError(f"chunk {chunk} of snapshot ({index.c}, {index.slot}) does not match its hash")
-        return data
 
     def load(self) -> dict[Key, Snapshot]:
         """Every snapshot that verifies completely. What does not is added to `damaged`. Equal chunks are shared."""

@@ -5,12 +5,12 @@ import functools
 from collections.abc import Callable
 
 
-def scenario(test):
+def scenario(test, deadline_s: float = 30):
     """Run a coroutine function as a test, under a deadline."""
 
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), deadline_s))
 
     return run
 
