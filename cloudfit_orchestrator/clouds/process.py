@@ -43,8 +43,8 @@ from cloudfit_orchestrator.model.errors import BadInputError, PermanentError, Re
 from cloudfit_orchestrator.model.image import Role
 
 ISOLATES_NOTHING = (
-    "WARNING: the process driver ISOLATES NOTHING. Replicas are processes of one user on one kernel: whoever takes over "
-    "one has all, and the wormhole with them. For benchmarks and tests only."
+    "WARNING: the process driver ISOLATES NOTHING. Replicas are processes of one user on one kernel: whoever takes "
+    "over one has them all, and the wormhole with them. For benchmarks and tests only."
 )
 MARK = "CLOUDFIT_MACHINE"  # environment variable of every process of ours: its machine's directory
 SIGNAL_TIMEOUT_S = 10.0  # a signal takes effect in milliseconds, unless the process waits for a broken disk
