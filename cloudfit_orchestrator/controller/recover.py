@@ -114,6 +114,7 @@ class _Recovery:
         stage, number = FIRST, 0
         while stage not in ENDS:
             number += 1
+            self._agents.clear()  # who answered in the last stage may be gone
             self._x.check_cancelled()
             name = f"stage/{number:02d}/{stage.value}"
             if self._op.find(name) is None:
@@ -326,8 +327,12 @@ class _Recovery:
     def _tell_members(self, body: dict[str, Any], *, also_old: bool = False) -> None:
         def tell(member: Member) -> None:
             agent = self._agent_of(member)
-            if agent is not None:
+            if agent is None:
+                return
+            try:
                 agent.command(GuestRef(self._op.group, member.replica, member.incarnation), body)
+            except UnknownError as error:  # it is out already; the configuration that follows tells it the rest
+                self._say(body["op"], f"{member.replica} cannot be told: {error.fact}")
 
         each(self._x, [*self._others(), *([self._old] if also_old else [])], tell)
 
