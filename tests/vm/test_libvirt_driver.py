@@ -12,7 +12,7 @@ import libvirt
 import pytest
 
 from cloudfit_orchestrator.clouds.base import MachineSpec, MachineState, NetworkSpec, Ownership, StateDisk
-from cloudfit_orchestrator.clouds.libvirt_cloud.acceleration import PROBE_NAME, PROBE_TIMEOUT_S
+from cloudfit_orchestrator.clouds.libvirt_cloud.acceleration import PROBE_NAME
 from cloudfit_orchestrator.clouds.libvirt_cloud.driver import LibvirtCloud
 from cloudfit_orchestrator.clouds.libvirt_cloud.network import network_name
 from cloudfit_orchestrator.clouds.libvirt_cloud.storage import PoolStorage
@@ -154,7 +154,6 @@ def test_the_accelerator_is_chosen_by_a_boot_and_nothing_stays_behind(place):
     assert (place.home / "acceleration.json").exists()
     names = [p.name for p in (place.home / "machines/probe").iterdir()]
     assert not [n for n in names if n.startswith(PROBE_NAME)]
-    assert PROBE_TIMEOUT_S < 10
 
 
 def test_files_that_the_hypervisor_cannot_reach_are_named_before_anything_is_made(place):
