@@ -102,6 +102,7 @@ def launch(
     context.check_cancelled()
     network = network_spec(context, cloud, row.host)
     where = {"address": row.host, "prefix": network.prefix, "gateway": network.gateway}
+    keys = [base64.b64encode(key).decode() for key in context.trusted]
     launch_envelope = agent.admit(
         GuestRef(spec.group, replica, row.incarnation),
         role=role,
@@ -110,7 +111,7 @@ def launch(
         image_dir=image.directory,
         allow_adversary=spec.allow_adversary,
         lease_s=spec.recovery.lease_s,
-        welcome={"network": where, "port": row.port, "options": {"service": spec.service}},
+        welcome={"network": where, "port": row.port, "options": {"service": spec.service, "controller_keys": keys}},
     )
     certificate = _check_launch(agent, row, image, launch_envelope)
     context.journal.machine_admitted(row, base64.b64encode(launch_envelope).decode())

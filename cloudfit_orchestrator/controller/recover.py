@@ -169,20 +169,25 @@ class _Recovery:
             lambda _: agent.command(self._ref(new), {"op": "source", "peer": exporter.as_peer()}),
             lambda: {"since": since},
         )
-        report = self._wait("transfer", lambda r: r.seq > since, "the old disk to be read", EXTRACT_TIMEOUT_S)
+
+        def built(report: Report) -> bool:  # a group without a checkpoint has nothing to transfer
+            done = report.topic == "transfer" or report.body.get("behind") == 0
+            return report.seq > since and done
+
+        report = self._wait({"transfer", "learner"}, built, "the old disk to be read", EXTRACT_TIMEOUT_S)
         if report is None:
             self._stop_waiting()
             return {"event": Event.INCOMPLETE.value}
-        return {"transfer": report.body}
+        return {"transfer": report.body if report.topic == "transfer" else {}}
 
     def _precopy(self) -> dict[str, Any]:
         def caught_up(report: Report) -> bool:
             return report.body.get("behind") == 0
 
-        report = self._wait("learner", caught_up, f"{self._replica} to catch up", PRECOPY_TIMEOUT_S)
+        report = self._wait({"learner"}, caught_up, f"{self._replica} to catch up", PRECOPY_TIMEOUT_S)
         if report is None:
             return {"event": Event.STALLED.value}
-        from_peers = self._wait("transfer", lambda _: True, "", 0.0)
+        from_peers = self._wait({"transfer"}, lambda _: True, "", 0.1)
         return {"learner": report.body, "transfer": from_peers.body if from_peers else {}}
 
     def _retire(self) -> dict[str, Any]:
@@ -340,12 +345,12 @@ class _Recovery:
         """No recovery machine will come: the learner takes everything from its peers."""
         self._own_agent().command(self._ref(self._new()), {"op": "source", "peer": None})
 
-    def _wait(self, topic: str, wanted: Callable[[Report], bool], what: str, timeout_s: float) -> Report | None:
+    def _wait(self, topics: set[str], wanted: Callable[[Report], bool], what: str, timeout_s: float) -> Report | None:
         """The last report of the new machine that fits, or None after the time-out."""
         me, found = self._ref(self._new()), []
 
         def handle(report: Report) -> bool:
-            if report.guest == me and report.topic == topic and wanted(report):
+            if report.guest == me and report.topic in topics and wanted(report):
                 found.append(report)
             return bool(found)
 

@@ -15,10 +15,12 @@ from cloudfit_orchestrator.model.errors import (
 )
 from tests.unit.controller.worlds import SPEC, Bench, spec
 
+FAST = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # thousands of commits, and nothing to survive a power cut
+
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="cf", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="cf", dir=FAST) as name:
         yield Path(name)
 
 
