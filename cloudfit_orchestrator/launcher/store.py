@@ -6,6 +6,7 @@ removes what a killed one left.
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
@@ -67,16 +68,20 @@ class Store:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def commit(self, staged: Path, name: str, digest: str) -> Path:
-        """Make the finished image in `staged` visible as `digest` and under `name`. Returns its directory."""
+        """Make the finished image in `staged` visible as `digest` and under `name`. Returns its directory.
+
+        An intact copy that is there already stays; a damaged one is replaced.
+        """
         final = self.path / digest.replace(":", "-")
         staged.chmod(0o755)
         for file in sorted(staged.iterdir()):
             file.chmod(0o644)
             _sync(file)
         _sync(staged)
-        if final.exists():  # the same image again: the fresh copy replaces one that may have been damaged
-            final.rename(staged.parent / "replaced")
-        staged.rename(final)
+        if not _same(final, staged):
+            if final.exists():  # damaged: what runs from it keeps its open files
+                final.rename(staged.parent / "replaced")
+            staged.rename(final)
         link = staged.parent / "link"
         link.symlink_to(Path("..", final.name))
         link.replace(self.path / "names" / name)
@@ -132,6 +137,13 @@ def content_key(prefix: str, *parts: object) -> str:
     """A cache key from everything that determines the content."""
     text = json.dumps([str(p) for p in parts], separators=(",", ":"))
     return f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _same(one: Path, other: Path) -> bool:
+    """True if both directories hold the same files: an image in use is not replaced without need."""
+    if not one.is_dir() or {p.name for p in one.iterdir()} != {p.name for p in other.iterdir()}:
+        return False
+    return all(filecmp.cmp(one / p.name, p, shallow=False) for p in other.iterdir())
 
 
 def _drop_oldest(directory: Path, limit: int) -> None:

@@ -50,6 +50,16 @@ def test_building_the_same_image_again_repairs_it(tmp_path):
     assert listing(tmp_path) == {"sha256-11"}
 
 
+def test_an_intact_image_is_left_alone_because_machines_may_run_from_it(tmp_path):
+    store = Store(tmp_path)
+    files = []
+    for _ in range(2):
+        with store.build(print) as work:
+            directory = store.commit(stage(work, "one"), "small", "sha256:11")
+        files.append((directory / "manifest.json").stat().st_ino)
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
 def test_an_interrupt_leaves_the_store_as_it_was(tmp_path, error):
     store = Store(tmp_path)
