@@ -83,7 +83,7 @@ class Configuration:
         self.checker = BundleChecker(record, verifier)
         self.statements = Statements(record, verifier)
         self.attestations = Attestations(record)
-        self.batches = Batches(self.checker)
+        self.batches = Batches(self.checker, 4 * self._window)
         self.slots = Slots(record.h, record.quorums.commit)
         start = initial(record)
         self.streams = {m.replica: Stream(m.replica, start, envelope_hash) for m in record.members}
@@ -379,9 +379,7 @@ class Configuration:
                     continue
                 carried: Header = kept.header
             else:
-                message = StreamMessage(
-                    self.record.c, entry.proposer, entry.cv, entry.header, b"", entry.certificate
-                )
+                message = StreamMessage(self.record.c, entry.proposer, entry.cv, entry.header, b"", entry.certificate)
                 if not self.genuine(message):
                     continue
                 try:
@@ -612,6 +610,4 @@ def bare(message: StreamMessage) -> StreamMessage:
     """The message without its batch, as it is kept."""
     if not message.batch:
         return message
-    return StreamMessage(
-        message.c, message.replica, message.cv, message.header, message.payload, message.certificate
-    )
+    return StreamMessage(message.c, message.replica, message.cv, message.header, message.payload, message.certificate)

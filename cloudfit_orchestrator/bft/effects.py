@@ -94,6 +94,4 @@ class Report:
     body: dict[str, Any] = field(default_factory=dict)
 
 
-Effect = (
-    Append | Rewrite | Certify | Sign | EndEpoch | Send | Answer | SaveSnapshot | DropSnapshots | Report
-)
+Effect = Append | Rewrite | Certify | Sign | EndEpoch | Send | Answer | SaveSnapshot | DropSnapshots | Report

@@ -11,7 +11,6 @@ from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
 MAX_CHECKPOINT_SLOTS = 16  # slots with CHECKPOINTs under collection; a window has 4
 MAX_VIEW = 1 << 62
-MAX_LOOSE_BATCHES = 256  # batches held that no standing proposal names yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ class Attestations:
         return said[self._f - 1] if len(said) >= self._f else 0
 
     def proof(self, owner: str, cv: int) -> tuple[StreamMessage, ...]:
-        """f STABLEs of others that attest `owner`'s STABLE at `cv`; empty if there are not so many."""
+        """F STABLEs of others that attest `owner`'s STABLE at `cv`; empty if there are not so many."""
         found = [message for named, message in self._said.get(owner, {}).values() if named >= cv]
         return tuple(found[: self._f]) if len(found) >= self._f else ()
 
@@ -171,8 +170,10 @@ class _Held:
 class Batches:
     """Batches by digest, valid or not, with their verdict."""
 
-    def __init__(self, checker: BundleChecker) -> None:
+    def __init__(self, checker: BundleChecker, max_loose: int) -> None:
+        """`max_loose`: batches held that no standing proposal names yet; a log that is read again has 2L at most."""
         self._checker = checker
+        self._max_loose = max_loose
         self._held: dict[bytes, _Held] = {}
 
     def add(self, digest: bytes, data: bytes) -> bool:
@@ -180,7 +181,7 @@ class Batches:
         if digest in self._held:
             return False
         loose = [d for d, held in self._held.items() if held.slot < 0]
-        if len(loose) >= MAX_LOOSE_BATCHES:
+        if len(loose) >= self._max_loose:
             del self._held[loose[0]]
         self._held[digest] = _Held(data, self._checker.valid(data), -1)
         return True
@@ -214,4 +215,3 @@ class Batches:
     def all(self) -> list[bytes]:
         """All batches held that a proposal names."""
         return [held.data for held in self._held.values() if held.slot >= 0]
-

@@ -6,7 +6,6 @@ from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.store import Snapshot, StateStore
 
 
-
 class Execution:
     """Executes decided slots strictly in order. `slot` is the last one; `store` the state after it."""
 

@@ -75,9 +75,7 @@ class Successors:
                     new.append(outcome)
         return new
 
-    def _compute(
-        self, configuration: Configuration, execution: Execution, names: tuple[Named, ...]
-    ) -> Outcome | None:
+    def _compute(self, configuration: Configuration, execution: Execution, names: tuple[Named, ...]) -> Outcome | None:
         votes = configuration.wedge_votes(names)
         merged = configuration.try_merge(votes) if votes is not None else None
         if merged is None:

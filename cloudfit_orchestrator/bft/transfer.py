@@ -12,6 +12,7 @@ from cloudfit_orchestrator.bft.messages import (
     MAX_CHUNKS_ASKED,
     Chunk,
     ChunkQuery,
+    Frozen,
     StateIndex,
     StateQuery,
 )
@@ -53,7 +54,7 @@ class Transfer:
         slot: int,
         root: bytes,
         local: Snapshot,
-        send: Callable[[str, object], None],
+        send: Callable[[str, Frozen], None],
         before: "Transfer | None" = None,
     ) -> None:
         """`local`: a state whose equal chunks are taken over, like those of `before`, a transfer that this one replaces;

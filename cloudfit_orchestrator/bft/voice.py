@@ -29,7 +29,7 @@ from cloudfit_orchestrator.bft.messages import (
 )
 from cloudfit_orchestrator.bft.stream import Kept
 from cloudfit_orchestrator.model.signing import sha256
-from cloudfit_orchestrator.model.ui import RECENT_UIS, message_digest
+from cloudfit_orchestrator.model.ui import RECENT_UIS
 
 PIPELINE = 4  # own batches in flight: while they are, requests gather into the next one (adaptive batching)
 
@@ -41,9 +41,7 @@ class ProtocolError(Exception):
 class Voice:
     """See the module. `say(cv, header, payload)` journals a body and asks for its UI."""
 
-    def __init__(
-        self, configuration: Configuration, me: str, *, say: Callable[[int, bytes, bytes], None]
-    ) -> None:
+    def __init__(self, configuration: Configuration, me: str, *, say: Callable[[int, bytes, bytes], None]) -> None:
         self._configuration = configuration
         self._record = configuration.record
         self.me = me
@@ -198,9 +196,7 @@ class Voice:
             if self._can_enter(view.header.h, view.header.s_max, view.choices):
                 payload_hash = sha256(message.payload)
                 self._emit(
-                    CommitNewView(
-                        self._record.c, g, message.cv, message.header, payload_hash, message.certificate
-                    )
+                    CommitNewView(self._record.c, g, message.cv, message.header, payload_hash, message.certificate)
                 )
                 return
 

@@ -1,0 +1,164 @@
+"""Getting what is known to exist and is not here: stream messages, batches, NEW-VIEWs, whole states (protocol §3, §4)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from cloudfit_orchestrator.bft.configuration import Configuration
+from cloudfit_orchestrator.bft.messages import (
+    MAX_FETCH,
+    Chunk,
+    ChunkQuery,
+    Fetch,
+    FetchBatches,
+    FetchNewView,
+    Frozen,
+    PeerMessage,
+    StateIndex,
+    StateQuery,
+)
+from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.serving import answer_batches, answer_fetch, answer_state
+from cloudfit_orchestrator.bft.situation import Situation, replica_of
+from cloudfit_orchestrator.bft.store import Snapshot
+from cloudfit_orchestrator.bft.transfer import Transfer
+
+FETCH_S = 0.1  # a gap is usually filled by messages under way
+STUCK_S = 0.5  # without progress for so long, a certified state ahead is fetched whole
+MAX_BLAMES_REPORTED = 1024
+
+
+class CatchUp:
+    """Asks peers, and answers them."""
+
+    def __init__(self, situation: Situation, outbox: Outbox) -> None:
+        self._at = situation
+        self._out = outbox
+        self._turn = 0
+        self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
+        self.transfer: Transfer | None = None
+
+    # ---------------------------------------------------------------------------------------------------------- messages
+    def fetch(self) -> None:
+        """Ask for gaps, batches and views."""
+        configuration, others = self._at.configuration, self._at.others
+        if configuration is None or not others or not self._out.every("fetch", FETCH_S):
+            return
+        self._turn += 1
+        c = configuration.record.c
+        ahead = {replica_of(peer): beacon.cv for peer, beacon in self._at.beacons.items()}
+        for replica, stream in configuration.streams.items():
+            needed = max(ahead.get(replica, 0), configuration.wanted.streams.get(replica, 0), *stream.waiting, 0)
+            first = stream.cursor + 1
+            if stream.ended is not None or needed < first or (replica == self._at.me and self._at.live):
+                continue
+            while first in stream.waiting:
+                first += 1
+            if first <= needed:
+                last = min(needed, first + MAX_FETCH - 1)
+                self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
+        asked = others[self._turn % len(others)]
+        batches = tuple(sorted(configuration.wanted.batches))[:MAX_FETCH]
+        if batches:
+            self._out.send(asked, FetchBatches(batches))
+        for g in sorted(configuration.wanted.views)[:4]:
+            self._out.send(asked, FetchNewView(c, g))
+
+    def _source(self, others: list[str], replica: str) -> str:
+        """Every other time the stream's owner, else the next peer: the owner may be faulty, or down."""
+        owner = next((peer for peer in others if replica_of(peer) == replica), None)
+        if owner is not None and self._turn % 2:
+            return owner
+        return others[(self._turn // 2) % len(others)]
+
+    def answer(self, peer: str, message: PeerMessage) -> bool:
+        """Answer a question. False if it was none."""
+        now, old = self._at.configuration, self._at.old
+        answers: Iterable[Frozen] = ()
+        match message:
+            case Fetch():
+                asked = next((x for x in (now, old) if x is not None and x.record.c == message.c), None)
+                answers = answer_fetch(asked, message) if asked is not None else ()
+            case FetchBatches():
+                answers = [a for x in (now, old) if x is not None for a in answer_batches(x, message)]
+            case FetchNewView():
+                view = now.new_views.get(message.g) if now is not None and now.record.c == message.c else None
+                answers = (view.message,) if view is not None else ()
+            case StateQuery() | ChunkQuery():
+                answers = answer_state(self._at.execution, message)
+            case _:
+                return False
+        for answer in answers:
+            self._out.send(peer, answer)
+        return True
+
+    # ------------------------------------------------------------------------------------------------------------- states
+    def advance(self, needs_state: int | None) -> None:
+        """Start, continue or give up a state transfer. `needs_state`: a slot that reconfiguration must reach."""
+        configuration = self._at.configuration
+        if configuration is None or self.wait_source:
+            return
+        target = self._target(configuration, needs_state)
+        if target is None:
+            if self.transfer is not None and self.transfer.slot <= self._at.execution.slot and self._at.installed:
+                self.transfer = None
+        elif self.transfer is None or (self.transfer.slot < target[0] and self.transfer.stalled(self._out.now_s)):
+            local = self._at.execution.store.snapshot()
+            self.transfer = Transfer(*target, local, self._out.send, self.transfer)
+        self._tick()
+
+    def _tick(self) -> None:
+        if self.transfer is not None:
+            self.transfer.tick(self._out.now_s, self._at.others, list(self._at.exporters))
+
+    def _target(self, configuration: Configuration, needs_state: int | None) -> tuple[int, bytes] | None:
+        """The certified state to fetch, if the own one cannot get there by itself."""
+        record, statements = configuration.record, configuration.statements
+        newest, slot = statements.newest, self._at.execution.slot
+        if not self._at.installed:
+            return (newest.slot, newest.digest) if newest is not None else (record.h, record.digest)
+        if needs_state is not None and needs_state > slot and needs_state in statements.certificates:
+            return needs_state, statements.certificates[needs_state].digest
+        if newest is None:
+            return None
+        own = self._at.execution.digests.get(newest.slot)
+        if own is not None and own != newest.digest:
+            self._out.report("diverged", {"slot": newest.slot})
+            self._at.installed = False  # the own state is wrong: nothing more is executed on it
+            return newest.slot, newest.digest
+        if newest.slot > slot and self._out.now_s - self._at.progress_s > STUCK_S:
+            return newest.slot, newest.digest
+        return None
+
+    def take_index(self, peer: str, message: StateIndex) -> None:
+        """A state's chunk hashes arrived."""
+        if self.transfer is not None and not self.transfer.index(peer, message, list(self._at.exporters)):
+            self._out.blame(replica_of(peer), "state index")
+
+    def take_chunk(self, peer: str, message: Chunk) -> tuple[int, Snapshot] | None:
+        """A chunk arrived. Returns (slot, state) when it was the last one."""
+        transfer = self.transfer
+        if transfer is None:
+            return None
+        if transfer.chunk(peer, message, self._out.now_s) is not None:
+            self._out.count("corrupt_chunks")
+            if peer not in self._at.exporters:
+                self._out.blame(replica_of(peer), "chunk")
+        if not transfer.done:
+            self._tick()
+            return None
+        self.transfer = None
+        self._out.report("transfer", _figures(transfer))
+        return transfer.slot, transfer.result()
+
+
+def _figures(transfer: Transfer) -> dict[str, Any]:
+    figures = transfer.figures
+    return {
+        "slot": transfer.slot,
+        "kept": figures.kept,
+        "fetched": dict(figures.fetched),
+        "from": dict(figures.bytes),
+        "stale": dict(figures.stale),
+        "absent": dict(figures.absent),
+        "corrupt": [{"chunk": b.index, "source": b.source} for b in figures.corrupt[:MAX_BLAMES_REPORTED]],
+    }

@@ -1,0 +1,117 @@
+"""Requests from clients and replies to them (protocol §3)."""
+
+from cloudfit_orchestrator.bft.batch import batch_digest, make_batch, split_batch
+from cloudfit_orchestrator.bft.clients import Executed, acceptable, cached, reply_tree
+from cloudfit_orchestrator.bft.configuration import Configuration
+from cloudfit_orchestrator.bft.effects import Answer
+from cloudfit_orchestrator.bft.journal import LogBatch
+from cloudfit_orchestrator.bft.judge import proposers
+from cloudfit_orchestrator.bft.messages import Forward, Overloaded, Replies, Result, encode
+from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.situation import Situation, peer_id
+from cloudfit_orchestrator.bft.voice import Voice
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
+
+
+class ClientDesk:
+    """Takes bundles in, proposes them, answers."""
+
+    def __init__(self, situation: Situation, outbox: Outbox) -> None:
+        self._at = situation
+        self._out = outbox
+
+    def take(self, data: bytes, client: bytes | None = None) -> None:
+        """A bundle, from its `client` or (None) handed on by a peer. Executed requests are answered from the table."""
+        configuration = self._at.configuration
+        if configuration is None or not self._at.installed or self._at.voice is None:
+            return
+        limits = configuration.record.parameters
+        try:
+            body = configuration.checker.check(data)
+        except BadError:
+            self._out.count("bad_bundle")
+            return
+        too_large = len(body.requests) > limits.max_batch_requests or len(data) + 16 > limits.max_batch_bytes
+        if too_large or (client is not None and body.client != client):
+            self._out.count("bad_bundle")
+            return
+        store = self._at.execution.store
+        known: list[Result] = []
+        fresh: list[int] = []
+        for request in body.requests:
+            result = cached(store, body.client, request.number)
+            if result is not None:
+                known.append(Result(request.number, result))
+            elif acceptable(store, body.client, request.number, limits.client_window):
+                fresh.append(request.number)
+        if known and client is not None:
+            self.reply(self._at.execution.slot, [Executed(body.client, tuple(known))])
+        if fresh and not self._at.pool.add(data, body, self._out.now_s) and client is not None:
+            self._out.count("overloaded")
+            self._out.put(Answer(client, encode(Overloaded(tuple(fresh)))))
+
+    def reply(self, slot: int, executed: list[Executed]) -> None:
+        """One signature for all replies of a slot."""
+        if self._at.voice is None or self._out.replaying:
+            return
+        c, me = self._at.c, self._at.me
+        root, paths = reply_tree(executed)
+
+        def send(signature: bytes) -> None:
+            for item, path in zip(executed, paths, strict=True):
+                self._out.put(Answer(item.client, encode(Replies(me, c, slot, item.results, path, signature))))
+
+        self._out.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send)
+
+    def executed(self, batch: bytes) -> None:
+        """A batch was executed: its bundles wait no more."""
+        for bundle in split_batch(batch):
+            self._at.pool.remove(bundle)
+
+    def propose(self, voice: Voice, configuration: Configuration) -> None:
+        """PREPARE what waits, as far as own slots and the pipeline allow."""
+        limits = configuration.record.parameters
+        while self._at.installed and self._at.pool.unproposed:
+            slot = voice.propose_slot(self._at.execution.slot)
+            if slot is None:
+                return
+            bundles = self._at.pool.take(limits.max_batch_requests, limits.max_batch_bytes - 16)
+            if not bundles:
+                return
+            batch = make_batch(bundles)
+            digest = batch_digest(batch)
+            if configuration.batches.add(digest, batch):
+                self._out.journal(LogBatch(configuration.record.c, batch))
+            configuration.batches.name(digest, slot)
+            voice.propose(slot, digest)
+
+    def forward(self, voice: Voice, configuration: Configuration) -> None:
+        """Who may not propose hands bundles on to one who may."""
+        record, tail = configuration.record, voice.tail
+        turn = proposers(record, tail.e, tail.blacklist, tail.retired)
+        if self._at.me in turn:
+            return
+        chosen = record.member(turn[tail.e % len(turn)])
+        if chosen is not None:
+            for waiting in self._at.pool.to_forward():
+                self._out.send(peer_id(chosen.replica, chosen.incarnation), Forward(waiting.data))
+
+    def prune(self, configuration: Configuration) -> None:
+        """Bundles that were executed under another wrapping, or left their client's window, wait for nothing."""
+        width = configuration.record.parameters.client_window
+        store = self._at.execution.store
+        for waiting in self._at.pool.bundles():
+            client = waiting.body.client
+            numbers = [request.number for request in waiting.body.requests]
+            if all(cached(store, client, n) is not None or not acceptable(store, client, n, width) for n in numbers):
+                self._at.pool.remove(waiting.data)
+
+    def recheck(self, configuration: Configuration) -> None:
+        """A new configuration may have other clients."""
+        for waiting in self._at.pool.bundles():
+            try:
+                configuration.checker.check(waiting.data)
+            except BadError:
+                self._at.pool.remove(waiting.data)
+        self._at.pool.release()

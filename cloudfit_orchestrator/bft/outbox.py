@@ -1,0 +1,104 @@
+"""Where effects gather, and the clock that the core is told. While a log is read again, nothing leaves."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cloudfit_orchestrator.bft.effects import Append, Effect, Report, Send, Sign
+from cloudfit_orchestrator.bft.journal import Entry, encode_entry
+from cloudfit_orchestrator.bft.messages import Frozen, encode
+from cloudfit_orchestrator.model.statement import Kind
+
+MAX_SIGNS = 4096  # statements waiting for their signature
+
+
+class Outbox:
+    """Effects in order; signatures that are awaited; counters; intervals."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.replaying = True
+        self.log_size = 0
+        self.counters: dict[str, int] = {}
+        self._effects: list[Effect] = []
+        self._awaited: dict[int, Callable[[bytes], None]] = {}
+        self._token = 0
+        self._due: dict[str, float] = {}
+        self._blamed: dict[str, str] = {}
+
+    def drain(self) -> list[Effect]:
+        """The effects since the last time."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def put(self, effect: Effect) -> None:
+        """One effect."""
+        if not self.replaying:
+            self._effects.append(effect)
+
+    def journal(self, entry: Entry) -> None:
+        """Append to the write-ahead log."""
+        if not self.replaying:
+            self.log_size += 1
+            self._effects.append(Append(encode_entry(entry)))
+
+    def send(self, peer: str, message: Frozen) -> None:
+        """One message to one peer."""
+        self.put(Send(peer, encode(message)))
+
+    def broadcast(self, peers: Iterable[str], message: Frozen) -> None:
+        """One message to many."""
+        data = encode(message)
+        for peer in peers:
+            self.put(Send(peer, data))
+
+    def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None]) -> None:
+        """Ask the KSS; `then(signature)` when it is there."""
+        if self.replaying or len(self._awaited) >= MAX_SIGNS:
+            return
+        self._token += 1
+        self._awaited[self._token] = then
+        self._effects.append(Sign(c, kind, body, self._token))
+
+    def signed(self, token: int, signature: bytes) -> None:
+        """A signature arrived."""
+        then = self._awaited.pop(token, None)
+        if then is not None:
+            then(signature)
+
+    def forget_signs(self) -> None:
+        """What is awaited belongs to an epoch that is over."""
+        self._awaited.clear()
+
+    def report(self, topic: str, body: dict[str, Any]) -> None:
+        """Tell the controller."""
+        self.put(Report(topic, body))
+
+    def count(self, name: str) -> None:
+        """Count an event."""
+        self.counters[name] = self.counters.get(name, 0) + 1
+
+    def blame(self, replica: str, kind: str, slot: int = 0) -> None:
+        """`replica` lied or is wrong, provably; told once a kind."""
+        if self._blamed.get(replica) != kind:
+            self._blamed[replica] = kind
+            self.count(f"lies_{replica}")
+            self.report("liar", {"replica": replica, "kind": kind, "slot": slot})
+
+    # ------------------------------------------------------------------------------------------------------------- time
+    def every(self, name: str, seconds: float) -> bool:
+        """True at most once in so many seconds."""
+        if self.now_s < self._due.get(name, 0.0):
+            return False
+        self._due[name] = self.now_s + seconds
+        return True
+
+    def later(self, name: str, seconds: float) -> None:
+        """Something falls due, if it is not planned already."""
+        self._due.setdefault(name, self.now_s + seconds)
+
+    def due(self, name: str) -> bool:
+        """It was planned, and its time has come; then it is planned no more."""
+        if name in self._due and self.now_s >= self._due[name]:
+            del self._due[name]
+            return True
+        return False

@@ -1,0 +1,115 @@
+"""A member's part in a reconfiguration (protocol §6): wedge, end the epoch, hand round wedge sets, confirm."""
+
+import base64
+
+from cloudfit_orchestrator.bft.configuration import Configuration
+from cloudfit_orchestrator.bft.effects import EndEpoch
+from cloudfit_orchestrator.bft.journal import LogRecord, LogWedges
+from cloudfit_orchestrator.bft.messages import WedgeSet
+from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.reconfigure import Outcome, Successors
+from cloudfit_orchestrator.bft.situation import Situation
+from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.model.record import ConfigRecord, confirm_body, record_hash
+from cloudfit_orchestrator.model.statement import Kind
+
+MAX_PREPARED = 8  # PREPARED records kept for one base; the newest is the only one that may become ACTIVE
+END_RETRY_S = 1.0
+
+
+class Succession:
+    """Works on `successors`, which are those of the present base."""
+
+    def __init__(self, situation: Situation, outbox: Outbox) -> None:
+        self._at = situation
+        self._out = outbox
+        self.successors = Successors()
+        self._confirmed: set[tuple[int, int, bytes]] = set()
+        self._early: list[bytes] = []  # PREPARED records whose base has not come yet
+
+    def begin(self) -> list[bytes]:
+        """A configuration became ACTIVE. Returns PREPARED records that came before their base."""
+        self.successors = Successors()
+        self._confirmed.clear()
+        early, self._early = self._early, []
+        return early
+
+    def prepared(self, record: ConfigRecord, envelope: bytes) -> None:
+        """A PREPARED record."""
+        base = record.base or 0
+        if base > self._at.c:
+            self._early = [*self._early, envelope][-MAX_PREPARED:]
+        if base != self._at.c or record.c in self.successors.prepared:
+            return
+        if len(self.successors.prepared) >= MAX_PREPARED:
+            del self.successors.prepared[min(self.successors.prepared)]
+        self._out.journal(LogRecord(envelope))
+        self.successors.prepared[record.c] = (record, envelope)
+        if self._at.voice is not None:
+            self._at.voice.successor = envelope
+        self.refresh_peers()
+        self._out.report("prepared", {"c": record.c})
+
+    def refresh_peers(self) -> None:
+        """See `Situation.refresh_peers`."""
+        self._at.refresh_peers([record for record, _ in self.successors.prepared.values()])
+
+    def outcomes(self) -> list[Outcome]:
+        """The states that ACTIVE may pin, computed again if the log has just been read."""
+        if self._at.configuration is not None and self._at.installed and self.successors.prepared:
+            self.successors.compute(self._at.configuration, self._at.execution)
+        return self.successors.outcomes()
+
+    def take_set(self, peer: str, message: WedgeSet) -> None:
+        """A peer computed S from these wedges: we shall, too."""
+        configuration = self._at.configuration
+        if configuration is None or message.c != configuration.record.c or not self.successors.prepared:
+            return
+        if len(message.wedges) <= configuration.record.n and self.successors.add_set(message.wedges, peer):
+            self._out.journal(LogWedges(message.successor, message.wedges))
+
+    def confirm_first(self) -> None:
+        """The first configuration of a group begins with the empty state."""
+        newest = self.successors.newest()
+        if newest is not None and newest[0].base is None and self._at.is_me(newest[0]):
+            self._confirm(*newest, 0, StateStore().root())
+
+    def advance(self, configuration: Configuration) -> None:
+        """Do what the newest PREPARED record allows now."""
+        newest = self.successors.newest()
+        if newest is None:
+            return
+        voice = self._at.voice
+        if voice is not None and not self._at.ended and voice.wedge_vote_ready and self._out.every("end", END_RETRY_S):
+            self._out.put(EndEpoch(configuration.record.c))
+        record, envelope = newest
+        if not self._at.is_me(record) or not self._at.installed:
+            return
+        chosen = self.successors.choose(configuration)
+        if chosen is not None:
+            self._out.journal(LogWedges(record.c, chosen))
+            self.hand_round(configuration)
+        self.successors.compute(configuration, self._at.execution)
+        for outcome in self.successors.outcomes():
+            self._confirm(record, envelope, outcome.h, outcome.digest)
+
+    def hand_round(self, configuration: Configuration) -> None:
+        """Tell the others which wedges the own S comes from; repeated."""
+        newest = self.successors.newest()
+        if newest is not None and self.successors.own_set is not None:
+            message = WedgeSet(configuration.record.c, newest[0].c, self.successors.own_set)
+            self._out.broadcast(self._at.others, message)
+
+    def _confirm(self, record: ConfigRecord, envelope: bytes, h: int, digest: bytes) -> None:
+        name = (record.c, h, digest)
+        if name in self._confirmed or self._out.replaying:
+            return
+        self._confirmed.add(name)
+        prepared = record_hash(envelope)
+
+        def report(signature: bytes) -> None:
+            fields = {"prepared": prepared, "digest": digest, "signature": signature}
+            body = {key: base64.b64encode(value).decode() for key, value in fields.items()}
+            self._out.report("confirm", {"c": record.c, "h": h, **body})
+
+        self._out.sign(record.c, Kind.CONFIRM, confirm_body(prepared, h, digest), report)
