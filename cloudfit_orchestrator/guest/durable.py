@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cloudfit_orchestrator.bft.effects import Append, DropSnapshots, Rewrite, SaveSnapshot
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
-from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError
+from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError, disk_errors
 from cloudfit_orchestrator.guest.wal import WriteAheadLog
 
 MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: take no more input
@@ -40,9 +40,10 @@ class Durable:
         self, state: Path, trouble: Callable[[str, str], None], crash: Callable[[BaseException], None]
     ) -> None:
         """Opens what is there. Blocks. `trouble(state, fact)` hears of `full`, `failed` and `ok` (again), `crash` of
-        an error that nobody expected.
+        an error that nobody expected. Raises DiskFullError or DiskFailedError.
         """
-        state.mkdir(parents=True, exist_ok=True)
+        with disk_errors("create", state):
+            state.mkdir(parents=True, exist_ok=True)
         self.log = WriteAheadLog(state / "wal")
         self.snapshots = SnapshotFiles(state / "snapshots")
         self._trouble = trouble

@@ -8,6 +8,7 @@ nobody expected ends the process: the next one begins from the log.
 import asyncio
 import base64
 import binascii
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from cloudfit_orchestrator.guest.certifier import Certifier
 from cloudfit_orchestrator.guest.channel import Channel, ChannelLostError, Handlers, WormholeRefusedError
 from cloudfit_orchestrator.guest.durable import Durable
 from cloudfit_orchestrator.guest.ports import Port
+from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError
 from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import Transport
 from cloudfit_orchestrator.model.channel import FrameKind
@@ -44,6 +46,7 @@ from cloudfit_orchestrator.services.registry import load
 
 TICK_S = 0.025  # the core wants one every 50 ms
 ISSUE_RETRY_S = 1.0
+DISK_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ class Runtime:
         greeter = Greeter(self._port)
         self.channel = greeter.channel
         channel_task = self._loop.create_task(greeter.channel.run())
-        self.durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
+        self.durable = await self._open_disk(greeter)
         snapshots = await asyncio.to_thread(self.durable.snapshots.load)
         self.welcome = await greeter.welcome()
         self._log("welcome", group=self.welcome.group, replica=self.welcome.replica, inc=self.welcome.incarnation)
@@ -206,6 +209,21 @@ class Runtime:
             await self.certifier.close()
             await self.transport.close()
             await self.durable.close()
+
+    async def _open_disk(self, greeter: Greeter) -> Durable:
+        """The state disk; while it cannot be used the machine says so to the controller, and stays silent otherwise."""
+        said = ""
+        while True:
+            try:
+                return await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
+            except (DiskFullError, DiskFailedError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    self._log("disk", state="unusable", fact=said)
+                    await greeter.welcome()
+                    body = json.dumps({"topic": "storage", "state": "unusable", "fact": said}).encode()
+                    await asyncio.gather(greeter.channel.request(FrameKind.REPORT, body), return_exceptions=True)
+            await asyncio.sleep(DISK_RETRY_S)
 
     # --------------------------------------------------------------------------------------------------- into the core
     def call(self, method: Callable[..., None], *args: object) -> None:

@@ -3,6 +3,15 @@
 import asyncio
 from functools import partial
 
+from cloudfit_orchestrator.bft.messages import (
+    MAX_CLIENT_FRAME,
+    Bundle,
+    BundleBody,
+    Replies,
+    Request,
+    bundle_bytes,
+    encode,
+)
 from cloudfit_orchestrator.gateway.kv import KvClient
 from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.wormhole.identity import Identity
@@ -107,3 +116,47 @@ async def test_lies_are_outvoted_counted_and_attributed():
         await cluster.reconfigure(2, 1, {"r0": 1, "r1": 9, "r2": 3})
         await kv.put(b"after", b"x")
         assert len([item async for item in kv.list()]) == 61
+
+
+@group_scenario
+async def test_frames_that_are_no_messages_hurt_nobody():
+    async with Cluster() as cluster, cluster.client() as client:
+        kv = KvClient(client, timeout_s=TIMEOUT_S)
+        await kv.put(b"a", b"1")
+        body = encode(BundleBody("gg", client._public, (Request(1, b"x"),))).replace(b"gg", b"\xff\xff")
+        hostile = [
+            encode(Bundle(body, client._key.sign(bundle_bytes(body)))),
+            encode(Bundle(b"", b"")),
+            encode(Replies("gg", 1, 1, (), (), b"")).replace(b"gg", b"\xff\xff"),
+            b"",
+            b"\xc1",
+            b"\x91" * 100_000,
+            bytes(MAX_CLIENT_FRAME + 1),
+        ]
+        for data in hostile:
+            for dialler in client._diallers.values():
+                dialler.send(data)
+            await kv.put(b"a", data[:10])
+        assert [p.returncode for p in cluster.processes.values()] == [None] * 3
+
+
+@group_scenario
+async def test_a_wormhole_channel_that_breaks_again_and_again_costs_time_only():
+    async with Cluster(checkpoint_period=16, window=64) as cluster, cluster.client() as client:
+        kv = KvClient(client, timeout_s=TIMEOUT_S)
+
+        async def break_channels() -> None:
+            for _ in range(5):
+                for identity, (channel, task) in list(cluster.agent._channels.items()):
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+                    cluster.agent._channels[identity] = (channel, asyncio.create_task(channel.run()))
+                await asyncio.sleep(0.2)
+
+        breaking = asyncio.create_task(break_channels())
+        for i in range(150):
+            await kv.put(b"k%03d" % i, b"v")
+        await breaking
+        assert len([item async for item in kv.list()]) == 150
+        assert [p.returncode for p in cluster.processes.values()] == [None] * 3
+        assert len(cluster.topic("ready")) == 3

@@ -72,7 +72,7 @@ def digest(i: int) -> bytes:
 
 @scenario
 async def test_a_session_is_told_and_uis_are_made_in_order():
-    async with certifier() as (c, core, agent):
+    async with certifier() as (c, core, _):
         c.want_session(1)
         c.want_session(1)
         await until(lambda: core.named("session"))
