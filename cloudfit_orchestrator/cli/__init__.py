@@ -1,0 +1,1 @@
+"""The `cloudfit` command: thin, no logic."""

@@ -1,0 +1,295 @@
+"""The story of `cloudfit demo`: a group over three local clouds is lied to, loses a cloud, and is cleansed.
+
+It runs on a home and deployment of its own, which it removes again, and takes images and their key from the operator's
+home. Nothing in it is simulated: what it prints was measured in this run.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cloudfit_orchestrator.controller.agents import GuestRef
+from cloudfit_orchestrator.controller.apply import active_record, apply
+from cloudfit_orchestrator.controller.destroy import destroy
+from cloudfit_orchestrator.controller.doctor import examine
+from cloudfit_orchestrator.controller.home import Home
+from cloudfit_orchestrator.controller.launch import network_name
+from cloudfit_orchestrator.controller.local import LocalSites, agent_pid, open_context
+from cloudfit_orchestrator.controller.ports import Context, Progress
+from cloudfit_orchestrator.controller.recover import Recovered, recover
+from cloudfit_orchestrator.controller.spec import parse_spec
+from cloudfit_orchestrator.launcher.build import build_image
+from cloudfit_orchestrator.launcher.sil import find_image, verify_image
+from cloudfit_orchestrator.model.errors import BadError, BadInputError, CloudfitError, PermanentError, RefusedError
+from cloudfit_orchestrator.model.signing import public_bytes
+from cloudfit_orchestrator.model.spec import GroupSpec
+
+GROUP = "ledger"
+CLOUDS = ("lisbon", "passau", "ulm")
+TAKEN_OVER, LOST_CLOUD = "r2", "passau"
+WRITES = 1000
+MORE_WRITES = 200  # in each later act
+IMAGES = ("replica", "recovery", "adversary")
+MISBEHAVIOUR = ("replies", "digests", "disk")
+
+
+class KvSession(Protocol):
+    """What the story needs of a client."""
+
+    def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None: ...
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+
+    @property
+    def lies(self) -> dict[str, int]: ...
+
+
+KvFactory = Callable[[Context, Home, str], AbstractContextManager[KvSession]]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Writes and reads of one act; every read was compared."""
+
+    writes: int
+    reads: int
+    writes_per_s: float
+    reads_per_s: float
+
+
+class Demo:
+    """One run."""
+
+    def __init__(
+        self, home: Home, *, driver: str, keep: bool, kv: KvFactory, report: Callable[[Progress], None]
+    ) -> None:
+        """`home`: the operator's, for images. `kv` makes a client of a group of the demo's own home."""
+        self._operator = home
+        self._driver = driver
+        self._keep = keep
+        self._kv = kv
+        self._report = report
+        self._began_s = time.monotonic()
+        self._expected: dict[bytes, bytes] = {}
+        self.figures: dict[str, Any] = {"demo": 1, "driver": driver, "good": False, "stages_s": {}}
+
+    def run(self) -> dict[str, Any]:
+        """The whole story. The figures say `good` if every promise held. What it made is gone afterwards."""
+        with self._act("images"):
+            self._images()
+        with self._act("doctor"):
+            self._doctor()
+        root = Path(tempfile.mkdtemp(prefix="cfdemo", dir="/var/tmp"))
+        root.chmod(0o711)  # the hypervisor's user passes through
+        home = self._demo_home(root)
+        context = open_context(home, self._report)
+        self.figures["home"] = str(root)
+        try:
+            self._story(context, home)
+        finally:
+            if not self._keep:
+                with self._act("tear-down"):
+                    self.figures["left_behind"] = self._tear_down(context, home)
+            if isinstance(context.sites, LocalSites):
+                context.sites.close()
+            context.journal.close()
+        if not self._keep and not self.figures["left_behind"]:
+            shutil.rmtree(root)
+        self.figures["total_s"] = round(time.monotonic() - self._began_s, 1)
+        self.figures["good"] = not self.figures.get("left_behind")
+        return self.figures
+
+    def _story(self, context: Context, home: Home) -> None:
+        spec = self._spec()
+        with self._act("apply"):
+            applied = apply(context, spec)
+            self.figures["group"] = {"n": len(applied.members), "f": spec.f, "clouds": len(spec.clouds)}
+        with self._kv(context, home, GROUP) as kv:
+            with self._act("write and read"):
+                self.figures["traffic"] = asdict(self._traffic(kv, "first", WRITES))
+            with self._act("take-over"):
+                self._take_over(context, spec)
+                self.figures["under_attack"] = asdict(self._traffic(kv, "attacked", MORE_WRITES))
+                self.figures["lies"] = {"seen_by_client": kv.lies, "seen_by_replicas": self._liars(context, spec)}
+            with self._act("recovery"):
+                cleansed = recover(context, GROUP, TAKEN_OVER, suspected=True)
+                self.figures["recovery"] = self._recovered(cleansed)
+            with self._act("lose a cloud"):
+                self._destroy_cloud(context, spec)
+                self.figures["cloud_lost"] = asdict(self._traffic(kv, "lost", MORE_WRITES))
+            with self._act("replace"):
+                replica = next(r for r, c in spec.placement if c == LOST_CLOUD)
+                self.figures["replacement"] = self._recovered(recover(context, GROUP, replica))
+            with self._act("check"):
+                self.figures["checked"] = self._check_all(context, kv)
+
+    # --- acts
+
+    def _images(self) -> None:
+        if self._driver == "process":
+            return
+        trusted = [public_bytes(self._operator.image_key())]
+        for name in IMAGES:
+            try:
+                verify_image(find_image(self._operator.images, name), trusted, allow_adversary=True)
+                self._say("images", f"{name} is built and verified")
+            except (BadInputError, BadError):
+                build_image(name, self._operator.images, self._operator.image_key(), lambda x: self._say("images", x))
+        try:
+            verify_image(find_image(self._operator.images, "adversary"), trusted)
+        except RefusedError:
+            self.figures["adversary_refused_by_default"] = True
+        else:
+            raise BadError("the SIL accepted an adversary image that no spec allows")
+
+    def _doctor(self) -> None:
+        if self._driver == "process":
+            return
+        failed = [c for c in examine(self._operator) if c.verdict == "fail"]
+        for check in failed:
+            self._say("doctor", f"{check.name}: {check.finding}; {check.fix}")
+        if failed:
+            raise PermanentError(f"{len(failed)} checks failed: {failed[0].name}", next_command="cloudfit doctor")
+
+    def _demo_home(self, root: Path) -> Home:
+        home = Home(root)
+        if self._driver != "process":
+            self._operator.image_key()
+            for name in ("image.key", "image.pub"):
+                shutil.copy(self._operator.root / "keys" / name, home.root / "keys" / name)
+            home.images.rmdir()
+            home.images.symlink_to(self._operator.images)
+        return home
+
+    def _spec(self) -> GroupSpec:
+        kind = 'libvirt: {uri: "qemu:///system"}' if self._driver == "libvirt" else "process: {}"
+        clouds = "\n".join(f"  - {{name: {name}, {kind}}}" for name in CLOUDS)
+        text = (
+            f"apiVersion: cloudfit/v1\ngroup: {GROUP}\nservice: kv\nf: 1\nclouds:\n{clouds}\n"
+            f"allow_adversary: true\nadversary: [{TAKEN_OVER}]\n"
+        )
+        return parse_spec(text, "demo.yaml")
+
+    def _traffic(self, kv: KvSession, label: str, count: int) -> Traffic:
+        items = [(f"{label}-{i:05d}".encode(), f"value {i} of {label}".encode()) for i in range(count)]
+        began = time.monotonic()
+        kv.put_many(items)
+        written = time.monotonic()
+        values = kv.get_many([key for key, _ in items])
+        read = time.monotonic()
+        self._expected |= dict(items)
+        wrong = sum(1 for (_, wanted), got in zip(items, values, strict=True) if wanted != got)
+        if wrong:
+            raise BadError(f"{wrong} of {count} answers were wrong")
+        rates = count / (written - began), count / (read - written)
+        self._say("traffic", f"{count} writes at {rates[0]:.0f}/s, {count} reads at {rates[1]:.0f}/s, all right")
+        return Traffic(count, count, round(rates[0], 1), round(rates[1], 1))
+
+    def _take_over(self, context: Context, spec: GroupSpec) -> None:
+        member = active_record(context, GROUP).member(TAKEN_OVER)
+        assert member is not None
+        agent = context.sites.agent(spec.cloud_of(TAKEN_OVER), start=False)
+        agent.command(GuestRef(GROUP, TAKEN_OVER, member.incarnation), {"op": "misbehave", "how": list(MISBEHAVIOUR)})
+        self._say("take-over", f"{TAKEN_OVER} is taken over: it lies in {', '.join(MISBEHAVIOUR)}")
+
+    def _liars(self, context: Context, spec: GroupSpec) -> dict[str, int]:
+        """How often correct replicas reported a liar, by liar."""
+        counts: dict[str, int] = {}
+        for cloud in spec.clouds:
+            for report in context.sites.agent(cloud, start=False).reports(0, 0.0, GROUP)[0]:
+                if report.topic == "liar" and report.guest.replica != TAKEN_OVER:
+                    name = str(report.body.get("replica"))
+                    counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def _recovered(self, done: Recovered) -> dict[str, Any]:
+        if done.outcome != "done":
+            raise PermanentError(
+                f"recovery of {done.replica} ended as {done.outcome}", next_command=f"cloudfit group show {GROUP}"
+            )
+        return {k: v for k, v in asdict(done).items() if k not in ("group", "outcome")}
+
+    def _destroy_cloud(self, context: Context, spec: GroupSpec) -> None:
+        """Machines, network and agent of one cloud, without a word to anybody."""
+        cloud = next(c for c in spec.clouds if c.name == LOST_CLOUD)
+        driver, deployment = context.sites.cloud(cloud), context.journal.deployment
+        here = {m.incarnation for m in context.journal.machines(GROUP) if m.cloud == LOST_CLOUD}
+        for machine in driver.machines(deployment):
+            if machine.owner.incarnation in here:
+                driver.destroy(machine)
+        driver.delete_network(deployment, network_name(context, LOST_CLOUD))
+        pid = agent_pid(Home(Path(self.figures["home"])), LOST_CLOUD)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._say("lose a cloud", f"{LOST_CLOUD} is gone: machine, disk, network and agent")
+
+    def _check_all(self, context: Context, kv: KvSession) -> dict[str, Any]:
+        keys = list(self._expected)
+        values = kv.get_many(keys)
+        wrong = sum(1 for key, got in zip(keys, values, strict=True) if self._expected[key] != got)
+        verdict = context.store.verify(GROUP, context.journal.head(GROUP))
+        if wrong or not verdict.good:
+            raise BadError(f"{wrong} of {len(keys)} values are wrong; record chain: {verdict.reason or 'good'}")
+        return {"values": len(keys), "wrong": wrong, "records": verdict.records, "active_c": verdict.active_c}
+
+    def _tear_down(self, context: Context, home: Home) -> list[str]:
+        """Destroy the group; whatever is left all the same, by name."""
+        context.cancelled.clear()
+        spec = self._spec()
+        try:
+            destroy(context, GROUP)
+        except CloudfitError as error:
+            return [f"group {GROUP}: {error.fact}"]
+        left = []
+        for cloud in spec.clouds:
+            found = context.sites.cloud(cloud).orphans(context.journal.deployment, [])
+            left += [f"{o.kind.value} {o.name}" for o in found]
+            pid = agent_pid(home, cloud.name)
+            left += [f"agent of {cloud.name}, process {pid}"] if pid else []
+        return sorted(set(left))
+
+    @contextmanager
+    def _act(self, name: str) -> Iterator[None]:
+        self._say(name, "begins")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            took = round(time.monotonic() - began, 1)
+            self.figures["stages_s"][name] = took
+            self._say(name, f"took {took} s")
+
+    def _say(self, stage: str, message: str) -> None:
+        self._report(Progress("demo", stage, GROUP, message))
+
+
+def print_summary(figures: dict[str, Any], table: Callable[[Sequence[str], Sequence[Sequence[object]]], None]) -> None:
+    """The summary table, from the figures of a run."""
+    rows: list[list[object]] = [[f"{name} (s)", took] for name, took in figures["stages_s"].items()]
+    for act in ("traffic", "under_attack", "cloud_lost"):
+        t = figures.get(act, {})
+        said = f"{t.get('writes', 0)} writes at {t.get('writes_per_s', 0)}/s, {t.get('reads', 0)} reads at "
+        rows.append([act.replace("_", " "), said + f"{t.get('reads_per_s', 0)}/s, none wrong"])
+    for seen, by in figures.get("lies", {}).items():
+        rows.append([f"lies {seen.replace('_', ' ')}", ", ".join(f"{r}: {n}" for r, n in by.items()) or "none"])
+    for act in ("recovery", "replacement"):
+        r = figures.get(act, {})
+        transfer = r.get("transfer", {})
+        rows.append([f"{act}: bytes from", transfer.get("from", {})])
+        rows.append([f"{act}: chunks kept / fetched", f"{transfer.get('kept')} / {transfer.get('fetched')}"])
+        bad = transfer.get("corrupt", [])
+        rows.append([f"{act}: corrupt chunks", f"{len(bad)}: {[c['chunk'] for c in bad][:16]}"])
+        rows.append([f"{act}: replica out, group out (s)", f"{r.get('replica_outage_s')}, {r.get('group_outage_s')}"])
+    rows.append(["values checked at the end", figures.get("checked", {}).get("values")])
+    rows.append(["left behind", ", ".join(figures.get("left_behind", [])) or "nothing"])
+    rows.append(["total (s)", figures.get("total_s")])
+    table(["figure", "value"], rows)
