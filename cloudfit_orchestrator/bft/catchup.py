@@ -84,7 +84,7 @@ class CatchUp:
                 view = now.new_views.get(message.g) if now is not None and now.record.c == message.c else None
                 answers = (view.message,) if view is not None else ()
             case StateQuery() | ChunkQuery():
-                answers = answer_state(self._at.execution, message)
+                answers = answer_state(self._at.execution, message, self._out.now_s)
             case _:
                 return False
         for answer in answers:

@@ -5,6 +5,9 @@ from cloudfit_orchestrator.bft.clients import Executed, execute
 from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.store import Snapshot, StateStore
 
+PIN_S = 10.0  # a state that a peer is fetching is kept so long after its last question
+MAX_PINS = 4  # so many at a time: whoever asks cannot make us keep more
+
 
 class Execution:
     """Executes decided slots strictly in order. `slot` is the last one; `store` the state after it."""
@@ -15,6 +18,7 @@ class Execution:
         self.slot = 0
         self.digests: dict[int, bytes] = {}  # own checkpoints: slot -> root
         self.snapshots: dict[tuple[int, int], Snapshot] = {}  # (c, slot)
+        self._pins: dict[tuple[int, int], float] = {}  # snapshots that peers fetch -> when they last asked
         self.history: dict[int, bytes] = {}  # executed slots since the last persisted snapshot -> digest
 
     def execute(self, slot: int, digest: bytes, batch: Checked | None, width: int) -> list[Executed]:
@@ -48,12 +52,23 @@ class Execution:
         self.history.clear()
         return self.checkpoint(c)
 
-    def by_root(self, root: bytes) -> tuple[int, Snapshot] | None:
-        """(slot, snapshot) of the kept state with that root."""
-        for (_, slot), snapshot in self.snapshots.items():
+    def by_root(self, root: bytes, now_s: float) -> tuple[int, Snapshot] | None:
+        """(slot, snapshot) of the kept state with that root, which is then kept for a while for who asked."""
+        for name, snapshot in self.snapshots.items():
             if snapshot.root == root:
-                return slot, snapshot
+                self._pins.pop(name, None)
+                self._pins[name] = now_s
+                while len(self._pins) > MAX_PINS:
+                    del self._pins[next(iter(self._pins))]
+                return name[1], snapshot
         return None
+
+    def pinned(self, now_s: float) -> set[tuple[int, int]]:
+        """Snapshots that a peer asked for not long ago."""
+        self._pins = {
+            name: when for name, when in self._pins.items() if now_s - when < PIN_S and name in self.snapshots
+        }
+        return set(self._pins)
 
     def settle(self, keep: set[tuple[int, int]]) -> None:
         """Forget snapshots not in `keep`, and what only they needed."""

@@ -42,17 +42,36 @@ def epoch_end(message: EpochEndMessage) -> EpochEnd:
 def collect(at: Situation, successors: Successors, out: Outbox) -> None:
     """Forget what a stable checkpoint made useless; rewrite the log when it pays."""
     configuration = at.configuration
-    if configuration is None or not at.installed:
+    if configuration is None:
         return
+    slot = _settle(at, configuration, out) if at.installed else _skip(configuration)
+    if at.installed and slot is None:
+        return
+    must_keep = sum(len(stream.kept) for stream in configuration.streams.values()) + len(configuration.batches.all())
+    if out.log_size > must_keep * REWRITE_FACTOR + REWRITE_SLACK:
+        entries = _entries(at, configuration, successors, slot)
+        out.log_size = len(entries)
+        out.put(Rewrite(tuple(encode_entry(entry) for entry in entries)))
+
+
+def _skip(configuration: Configuration) -> None:
+    """The state is not here yet; it will be a certified one, so what comes long before the newest is of no use."""
+    newest = configuration.statements.newest
+    if newest is not None:
+        configuration.truncate(newest.slot - configuration.record.parameters.window)
+
+
+def _settle(at: Situation, configuration: Configuration, out: Outbox) -> int | None:
+    """Forget old snapshots and all that precedes the own STABLE. Returns the newest durable snapshot's slot."""
     record, stable = configuration.record, at.stable_slot()
     configuration.truncate(stable - record.parameters.window)
     mine = sorted(slot for c, slot in at.execution.snapshots if c == record.c)
     saved = [slot for slot in mine if (record.c, slot) in at.saved]
     if not saved:
-        return
-    # Kept: the own newest, all from the own STABLE on (a log may need the state at its h), the newest certified one;
-    # and as long as none is certified, what the configuration began with.
-    keep = {(record.c, slot) for slot in mine if slot >= stable or slot == mine[-1]}
+        return None
+    # Kept: the own newest, all from the own STABLE on (a log may need the state at its h), the newest certified one,
+    # what peers are fetching; and as long as none is certified, what the configuration began with.
+    keep = {(record.c, slot) for slot in mine if slot >= stable or slot == mine[-1]} | at.execution.pinned(out.now_s)
     certified = [slot for slot in saved if slot in configuration.statements.certificates]
     if certified:
         keep.add((record.c, certified[-1]))
@@ -62,23 +81,21 @@ def collect(at: Situation, successors: Successors, out: Outbox) -> None:
         at.execution.settle(keep)
         at.saved &= keep
         out.put(DropSnapshots(tuple(sorted(keep))))
-    must_keep = sum(len(stream.kept) for stream in configuration.streams.values()) + len(configuration.batches.all())
-    if out.log_size > must_keep * REWRITE_FACTOR + REWRITE_SLACK:
-        entries = _entries(at, configuration, successors, max(saved))
-        out.log_size = len(entries)
-        out.put(Rewrite(tuple(encode_entry(entry) for entry in entries)))
+    return max(saved)
 
 
-def _entries(at: Situation, configuration: Configuration, successors: Successors, slot: int) -> list[Entry]:
-    """A log that rebuilds the present state from the persisted snapshot after `slot`."""
+def _entries(at: Situation, configuration: Configuration, successors: Successors, slot: int | None) -> list[Entry]:
+    """A log that rebuilds the present state from the persisted snapshot after `slot`, if there is one."""
     record = configuration.record
     c, streams = record.c, configuration.streams.values()
     entries: list[Entry] = [LogRecord(at.envelope)]
     entries += [LogBatch(c, data) for data in configuration.batches.all()]
     entries += [LogView(view.message) for _, view in sorted(configuration.new_views.items())]
     entries += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
-    entries.append(LogState(c, slot, at.execution.snapshots[(c, slot)].root))
-    decided = {s: digest for s, digest in at.execution.history.items() if s > slot}
+    decided = {}
+    if slot is not None:
+        entries.append(LogState(c, slot, at.execution.snapshots[(c, slot)].root))
+        decided = {s: digest for s, digest in at.execution.history.items() if s > slot}
     decided.update(configuration.slots.decisions())
     entries += [LogDecision(c, s, digest) for s, digest in sorted(decided.items())]
     entries += _messages(at, configuration)

@@ -130,6 +130,8 @@ class Replica:
             self._replay(decode_entry(data))
         self._advance()
         self._out.replaying = False
+        if self._at.configuration is not None:
+            self._at.configuration.replaying = False
         for c, slot in sorted(self._at.execution.snapshots.keys() - self._at.saved):
             self._save(c, slot)
 
@@ -204,6 +206,7 @@ class Replica:
         at = self._at
         outcomes = self._succession.outcomes()
         configuration = Configuration(record, record_hash(envelope), at.verifier, at.controllers)
+        configuration.replaying = self._out.replaying
         at.old, at.configuration, at.envelope = at.configuration, configuration, envelope
         at.ended = False
         at.beacons.clear()

@@ -74,9 +74,9 @@ def answer_batches(configuration: Configuration, question: FetchBatches) -> Iter
             yield BatchMessage(data)
 
 
-def answer_state(execution: Execution, question: StateQuery | ChunkQuery) -> Iterator[PeerMessage]:
+def answer_state(execution: Execution, question: StateQuery | ChunkQuery, now_s: float) -> Iterator[PeerMessage]:
     """The index or chunks of a kept snapshot, named by its root."""
-    found = execution.by_root(question.root)
+    found = execution.by_root(question.root, now_s)
     if found is None:
         return
     slot, snapshot = found
