@@ -12,6 +12,7 @@ from cloudfit_orchestrator.model.channel import PORT_NAME
 FIRST_WAIT_S = 0.02  # back-off while the host side is absent: an agent that starts beside us is found quickly,
 LAST_WAIT_S = 1.0  # and one that is gone for long costs one system call a second
 _PORTS = Path("/sys/class/virtio-ports")
+_DEVICES = Path("/dev")
 _ACCEPT_BACKLOG = 4
 
 
@@ -26,6 +27,11 @@ class Port(ABC):
 class VirtioPort(Port):
     """The guest's end of the virtio-serial port `PORT_NAME`, found without udev."""
 
+    def __init__(self, ports: Path = _PORTS, devices: Path = _DEVICES) -> None:
+        """Where the kernel shows ports and devices."""
+        self._ports = ports
+        self._devices = devices
+
     async def open(self) -> int:
         """See `Port.open`. A port whose host side is absent reads as end of file, and polls as hung up for ever: so it
         is asked now and then, and handed to the event loop only when connected.
@@ -39,11 +45,11 @@ class VirtioPort(Port):
             wait_s = min(2 * wait_s, LAST_WAIT_S)
 
     def _try(self) -> int | None:
-        device = find_port(_PORTS)
-        if device is None:
+        name = find_port(self._ports)
+        if name is None:
             return None
         try:
-            fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(self._devices / name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return None
         if not _host_is_there(fd):
@@ -76,14 +82,14 @@ class ListeningPort(Port):
 
 
 def find_port(ports: Path) -> str | None:
-    """The device of the wormhole's port, by the names that the kernel shows under `ports`; None if it is not there."""
+    """The device name of the wormhole's port, by what the kernel shows under `ports`; None if it is not there."""
     for entry in sorted(ports.glob("*/name")):
         try:
             name = entry.read_text().strip()
         except OSError:
             continue
         if name == PORT_NAME:
-            return f"/dev/{entry.parent.name}"
+            return entry.parent.name
     return None
 
 

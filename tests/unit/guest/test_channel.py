@@ -1,17 +1,21 @@
 """The guest's end of the channel, against an agent at the other end of a real socket."""
 
 import asyncio
+import json
+import os
+import pty
 import shutil
 import tempfile
+import tty
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from cloudfit_orchestrator.guest.channel import Channel, ChannelLostError, Handlers, WormholeRefusedError
-from cloudfit_orchestrator.guest.ports import ListeningPort, find_port
+from cloudfit_orchestrator.guest.ports import ListeningPort, VirtioPort, find_port
 from cloudfit_orchestrator.model import channel as ch
-from cloudfit_orchestrator.model.channel import ErrorCode, FrameKind
+from cloudfit_orchestrator.model.channel import ErrorCode, FrameKind, FrameReader
 from tests.unit.guest.fake_agent import FakeAgent
 from tests.unit.guest.helpers import scenario, until
 
@@ -136,4 +140,54 @@ def test_the_port_is_found_by_its_name(tmp_path):
     for device, name in [("vport1p1", "org.qemu.guest_agent.0"), ("vport1p2", ch.PORT_NAME)]:
         (tmp_path / device).mkdir()
         (tmp_path / device / "name").write_text(name + "\n")
-    assert find_port(tmp_path) == "/dev/vport1p2"
+    assert find_port(tmp_path) == "vport1p2"
+
+
+@scenario
+async def _virtio(tmp_path, monkeypatch):
+    # A pseudo-terminal hangs up like a port whose host side is gone.
+    (tmp_path / "ports" / "vport1p2").mkdir(parents=True)
+    (tmp_path / "ports" / "vport1p2" / "name").write_text(ch.PORT_NAME)
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    (tmp_path / "vport1p2").symlink_to(os.ttyname(slave))
+    os.close(slave)
+    port = VirtioPort(tmp_path / "ports", tmp_path)
+    seen = Seen()
+    channel = Channel(port, seen.handlers())
+    running = asyncio.create_task(channel.run())
+    reader = FrameReader(ch.MAX_GUEST_FRAME, stale=True)
+    os.set_blocking(master, False)
+    frames: list = []
+
+    def greeted() -> bool:
+        try:
+            frames.extend(reader.feed(os.read(master, 4096)))
+        except OSError:  # nothing yet, or nobody has opened the other end yet
+            return False
+        return bool(frames)
+
+    await until(greeted)
+    (kind, request, _) = frames[0]
+    assert kind == FrameKind.HELLO
+    os.write(master, ch.RESYNC + ch.frame(FrameKind.WELCOME, request, json.dumps(WELCOME).encode()))
+    await seen.until("opened")
+    os.close(master)  # the host lets go
+    await seen.until("lost")
+    tries = 0
+    real = os.open
+
+    def counted(path, *args, **kwargs):
+        nonlocal tries
+        tries += "vport" in str(path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", counted)
+    await asyncio.sleep(0.5)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert 1 <= tries <= 8  # backs off, does not spin
+
+
+def test_a_virtio_port_is_greeted_when_its_host_is_there_and_not_spun_on_when_it_is_gone(tmp_path, monkeypatch):
+    _virtio(tmp_path, monkeypatch)
