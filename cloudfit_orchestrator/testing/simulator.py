@@ -111,6 +111,7 @@ class Simulation:
             verifier=keys,
             rng=self._stream("controller"),
         )
+        busy = self._stream("load").choice([1, 4, 12])  # a busy group has proposals in flight when something happens
         taken = self._stream("byzantine").sample(range(n), self._f) if profile.byzantine else []
         self._group = [self._launch(f"r{i}", i + 1, taken=i in taken) for i in range(n)]
         self._incarnation = n
@@ -123,16 +124,22 @@ class Simulation:
                 history=self._history,
                 rng=self._stream(f"work {i}"),
                 keys=[b"key%d" % k for k in range(profile.keys)],
-                operations=profile.operations,
-                pause_s=profile.trouble_s / profile.operations,
+                operations=profile.operations * busy,
+                pause_s=profile.trouble_s / profile.operations / busy**2,
             )
             for i, signer in enumerate(signers)
         }
 
     def _parameters(self) -> Parameters:
-        period, window = self._stream("parameters").choice([(4, 16), (4, 16), (2, 8), (4, 4), (8, 24)])
+        rng = self._stream("parameters")
+        period, window = rng.choice([(4, 16), (4, 16), (2, 8), (4, 4), (8, 24)])
         return Parameters(
-            checkpoint_period=period, window=window, max_batch_requests=8, max_batch_bytes=1 << 16, client_window=64
+            checkpoint_period=period,
+            window=window,
+            max_batch_requests=rng.choice([3, 8]),
+            max_batch_bytes=1 << 16,
+            client_window=64,
+            progress_timeout_ms=rng.choice([1000, 200, 60, 25]),  # the short ones change views without a fault
         )
 
     def _stream(self, purpose: str) -> random.Random:
@@ -237,6 +244,8 @@ class Simulation:
             raise FailedError(str(unknown)) from unknown
         if violation is not None:
             raise FailedError(f"the history is not linearizable: {violation}")
+        views = [m.replica.status.get("view", 0) for m in self._group if m.correct and m.replica is not None]
+        self._figure("last view", max(views, default=0))
         for machine in self._group:
             records, snapshots = machine.disk.largest_records, len(machine.disk.snapshots)
             self._figure("largest log", max(records, self.report_.figures.get("largest log", 0)))
