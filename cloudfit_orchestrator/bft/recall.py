@@ -44,9 +44,13 @@ def collect(at: Situation, successors: Successors, out: Outbox) -> None:
     configuration = at.configuration
     if configuration is None:
         return
-    slot = _settle(at, configuration, out) if at.installed else _skip(configuration)
-    if at.installed and slot is None:
-        return
+    slot = None
+    if at.installed:
+        slot = _settle(at, configuration, out)
+        if slot is None:
+            return
+    else:
+        _skip(configuration)
     must_keep = sum(len(stream.kept) for stream in configuration.streams.values()) + len(configuration.batches.all())
     if out.log_size > must_keep * REWRITE_FACTOR + REWRITE_SLACK:
         entries = _entries(at, configuration, successors, slot)
