@@ -41,7 +41,7 @@ class Kv:
 
     def __init__(self, context: Context, home: Home, group: str, *, timeout_s: float) -> None:
         """`timeout_s`: of each operation. Connects when entered."""
-        self._make = lambda: make_client(context, home, group)
+        self._context, self._home, self._group = context, home, group
         self._timeout_s = timeout_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kv client", daemon=True)
@@ -87,7 +87,7 @@ class Kv:
         return await asyncio.gather(*(one(item) for item in work))
 
     async def _begin(self) -> Client:
-        return await self._make().__aenter__()
+        return await make_client(self._context, self._home, self._group).__aenter__()
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

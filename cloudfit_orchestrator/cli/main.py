@@ -195,7 +195,7 @@ def kv_get(session: Session, group: str, key: str, form: str) -> None:
         text = None if value is None else base64.b64encode(value).decode()
         print_json({"group": group, "key": key, "found": value is not None, "value_base64": text})
     elif value is not None:
-        click.get_binary_stream("stdout").write(value + b"\n")
+        sys.stdout.buffer.write(value + b"\n")
     else:
         click.echo(f"cloudfit: group {group} has no key {key}", err=True)
     if value is None:

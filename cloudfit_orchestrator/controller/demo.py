@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from cloudfit_orchestrator.controller.spec import parse_spec
 from cloudfit_orchestrator.launcher.build import build_image
 from cloudfit_orchestrator.launcher.sil import find_image, verify_image
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, CloudfitError, PermanentError, RefusedError
+from cloudfit_orchestrator.model.record import Parameters
 from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.model.spec import GroupSpec
 
@@ -38,6 +39,7 @@ TAKEN_OVER, LOST_CLOUD = "r2", "passau"
 WRITES = 1000
 MORE_WRITES = 200  # in each later act
 IMAGES = ("replica", "recovery", "adversary")
+PARAMETERS = Parameters(checkpoint_period=8, window=32)  # so that a thousand writes in few batches make checkpoints
 MISBEHAVIOUR = ("replies", "digests", "disk")
 
 
@@ -176,7 +178,7 @@ class Demo:
             f"apiVersion: cloudfit/v1\ngroup: {GROUP}\nservice: kv\nf: 1\nclouds:\n{clouds}\n"
             f"allow_adversary: true\nadversary: [{TAKEN_OVER}]\n"
         )
-        return parse_spec(text, "demo.yaml")
+        return replace(parse_spec(text, "demo.yaml"), parameters=PARAMETERS)
 
     def _traffic(self, kv: KvSession, label: str, count: int) -> Traffic:
         items = [(f"{label}-{i:05d}".encode(), f"value {i} of {label}".encode()) for i in range(count)]
