@@ -70,8 +70,8 @@ def network_spec(context: Context, cloud: CloudSpec, address: str = "") -> Netwo
         return NetworkSpec(name, address or LOOPBACK, 8, LOOPBACK)
     taken = context.sites.taken_networks(cloud) if cloud.name not in context.journal.networks() else []
     network = ipaddress.IPv4Network(context.journal.plan_network(cloud.name, cloud.network, NETWORK_POOL, taken))
-    gateway = str(network.network_address + 1)
-    return NetworkSpec(name, address or gateway, network.prefixlen, gateway)
+    gateway, first = (str(network.network_address + i) for i in (1, FIRST_HOST))
+    return NetworkSpec(name, address or first, network.prefixlen, gateway)
 
 
 def ensure_network(context: Context, cloud: CloudSpec) -> None:
