@@ -160,3 +160,27 @@ async def test_a_wormhole_channel_that_breaks_again_and_again_costs_time_only():
         assert len([item async for item in kv.list()]) == 150
         assert [p.returncode for p in cluster.processes.values()] == [None] * 3
         assert len(cluster.topic("ready")) == 3
+
+
+@group_scenario
+async def test_all_replicas_are_killed_at_once_and_nothing_answered_is_lost():
+    async with Cluster(checkpoint_period=8, window=32) as cluster, cluster.client() as client:
+        kv = KvClient(client, timeout_s=60)
+        done: list[bytes] = []
+
+        async def write() -> None:
+            for i in range(80):
+                await kv.put(b"k%02d" % i, b"v")
+                done.append(b"k%02d" % i)
+
+        writing = asyncio.create_task(write())
+        for threshold in (10, 45):
+            await until(lambda t=threshold: len(done) >= t)
+            for i in range(3):
+                await cluster.kill(f"r{i}", i + 1)
+            for i in range(3):
+                await cluster.start(f"r{i}", i + 1)
+        await writing
+        assert [key async for key, _ in kv.list()] == done
+        assert not cluster.topic("diverged")
+        assert not cluster.topic("amnesia")
