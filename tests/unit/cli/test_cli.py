@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -153,3 +154,28 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+@pytest.mark.parametrize("delay_stage", ["cloud", "create", "prepare"])
+def test_interrupted_apply_goes_on_when_run_again_and_destroy_leaves_nothing(home: Path, delay_stage: str) -> None:
+    spec = home / "ledger.yaml"
+    spec.write_text(SPEC)
+    command = [sys.executable, "-m", "cloudfit_orchestrator.cli", "--home", str(home), "group", "apply", str(spec)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if json.loads(line)["stage"] == delay_stage:
+                process.send_signal(signal.SIGINT)
+                break
+        _, said = process.communicate(timeout=60)
+    try:
+        assert process.returncode in {1, 130}, said
+        assert "run the same command again" in said
+        assert "Traceback" not in said
+        assert as_json(run(home, "group", "apply", str(spec), "-f", "json"))["changed"] is True
+        shown = as_json(run(home, "group", "show", "ledger", "-f", "json"))
+        assert len(shown["members"]) == 3
+    finally:
+        destroyed = run(home, "group", "destroy", "ledger", "-f", "json")
+    assert as_json(destroyed)["machines"] == 3
+    assert list((home / "machines").glob("*/*.sock")) == []
