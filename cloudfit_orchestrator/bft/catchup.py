@@ -8,6 +8,7 @@ from cloudfit_orchestrator.bft.messages import (
     MAX_FETCH,
     Chunk,
     ChunkQuery,
+    Discarded,
     Fetch,
     FetchBatches,
     FetchNewView,
@@ -17,7 +18,7 @@ from cloudfit_orchestrator.bft.messages import (
     StateQuery,
 )
 from cloudfit_orchestrator.bft.outbox import Outbox
-from cloudfit_orchestrator.bft.serving import answer_batches, answer_fetch, answer_state
+from cloudfit_orchestrator.bft.serving import answer_batches, answer_fetch, answer_state, answer_view
 from cloudfit_orchestrator.bft.situation import Situation, replica_of
 from cloudfit_orchestrator.bft.store import Snapshot
 from cloudfit_orchestrator.bft.transfer import Transfer
@@ -34,6 +35,7 @@ class CatchUp:
         self._at = situation
         self._out = outbox
         self._turn = 0
+        self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
         self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
         self.transfer: Transfer | None = None
 
@@ -63,6 +65,20 @@ class CatchUp:
         for g in sorted(configuration.wanted.views)[:4]:
             self._out.send(asked, FetchNewView(c, g))
 
+    def take_discarded(self, peer: str, configuration: Configuration, message: Discarded) -> None:
+        """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream has
+        stood still for a while, as a faulty peer might make us jump over what correct ones still have.
+        """
+        replica = message.stable.replica
+        stream = configuration.streams.get(replica)
+        if stream is None:
+            return
+        cursor, since_s = self._stuck.get(replica, (-1, 0.0))
+        if cursor != stream.cursor:
+            self._stuck[replica] = (stream.cursor, self._out.now_s)
+        if replica_of(peer) == replica or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
+            configuration.offer_jump(message)
+
     def _source(self, others: list[str], replica: str) -> str:
         """Every other time the stream's owner, else the next peer: the owner may be faulty, or down."""
         owner = next((peer for peer in others if replica_of(peer) == replica), None)
@@ -81,8 +97,7 @@ class CatchUp:
             case FetchBatches():
                 answers = [a for x in (now, old) if x is not None for a in answer_batches(x, message)]
             case FetchNewView():
-                view = now.new_views.get(message.g) if now is not None and now.record.c == message.c else None
-                answers = (view.message,) if view is not None else ()
+                answers = answer_view(now, message) if now is not None else ()
             case StateQuery() | ChunkQuery():
                 answers = answer_state(self._at.execution, message, self._out.now_s)
             case _:

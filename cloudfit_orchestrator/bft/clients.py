@@ -48,7 +48,7 @@ def cached(store: StateStore, client: bytes, number: int) -> bytes | None:
 def acceptable(store: StateStore, client: bytes, number: int, width: int) -> bool:
     """Whether an executed or new request with `number` is inside the client's window of `width`."""
     low, high = window(store, client)
-    return low < number <= high + width
+    return low < number and (high == 0 or number <= high + width)  # the first number seen may be any
 
 
 def execute(store: StateStore, service: Service, bodies: tuple[BundleBody, ...], width: int) -> list[Executed]:
@@ -72,7 +72,9 @@ def _execute_one(store: StateStore, service: Service, client: bytes, request: Re
     if kept is not None:
         return kept
     low, high, total = _WINDOW.unpack(store.get(_window_key(client)) or bytes(_WINDOW.size))
-    if not low < number <= high + width:
+    if high == 0:
+        low = max(0, number - width)
+    elif not low < number <= high + width:
         return None
     result = service.execute(store.service_view(), request.operation)
     if len(result) > MAX_RESULT:

@@ -80,6 +80,7 @@ class Configuration:
         self._verifier = verifier
         self._controllers = controller_keys
         self.replaying = False  # the own log is read again: what is in it was judged before it was logged
+        self._stands = False  # the message under judgement precedes an attested STABLE, so it stands (R4)
         self._window = record.parameters.window
         self.checker = BundleChecker(record, verifier)
         self.statements = Statements(record, verifier)
@@ -89,6 +90,7 @@ class Configuration:
         start = initial(record)
         self.streams = {m.replica: Stream(m.replica, start, envelope_hash) for m in record.members}
         self.new_views: dict[int, NewViewKept] = {}
+        self.commits: dict[int, dict[str, StreamMessage]] = {}  # COMMIT(NEW-VIEW)s that stand, by view and sender
         self.entered: set[int] = {0}  # views that some stream, known to stand, has entered
         self.votes: dict[str, dict[int, Vote]] = {m.replica: {} for m in record.members}
         self.epoch_ends: dict[str, EpochEnd] = {}
@@ -140,7 +142,9 @@ class Configuration:
         return digest
 
     def offer_view(self, message: StreamMessage) -> None:
-        """Take a NEW-VIEW that precedes what is held of its stream (answer to FETCH-NEW-VIEW)."""
+        """Answer to FETCH-NEW-VIEW: a NEW-VIEW that precedes what is held of its stream, or a COMMIT of one that stands:
+        then the NEW-VIEW does, too (R4).
+        """
         stream = self.streams.get(message.replica)
         if stream is None or message.c != self.record.c or not self.genuine(message):
             return
@@ -149,8 +153,11 @@ class Configuration:
         except BadError:
             return
         if isinstance(header, NewView) and leader(self.record, header.g) == message.replica:
-            if stream.stands(message.cv):
+            if stream.stands(message.cv) and header.g not in self.new_views:
                 self._keep_view(message, header)
+        elif isinstance(header, CommitNewView) and message.cv < self.attestations.attested(message.replica):
+            if stream.ended is None:
+                self.entered.add(header.g)
 
     def offer_end(self, end: EpochEnd) -> bool:
         """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
@@ -229,11 +236,12 @@ class Configuration:
         except BadError:
             self._end(stream, cv, "form: header does not decode")
             return False
+        self._stands = self.replaying or cv < self.attestations.attested(stream.replica)
         outcome = judge(self.record, stream.state, stream.replica, cv, header, message.payload, self)
         match outcome:
             case Held():
                 stream.held = outcome.why
-                return self._jump_ahead(stream)
+                return False
             case Broken():
                 if isinstance(header, Stable):  # also of an ended stream it is a signed statement
                     self.attestations.add(message, header)
@@ -253,19 +261,6 @@ class Configuration:
         stream.end(cv, rule)
         self.liars[stream.replica] = rule
 
-    def _jump_ahead(self, stream: Stream) -> bool:
-        """A held stream goes on from an attested STABLE that waits behind the message that holds it."""
-        attested = self.attestations.attested(stream.replica)
-        for cv in sorted((cv for cv in stream.waiting if stream.cursor < cv <= attested), reverse=True):
-            message = stream.waiting[cv]
-            try:
-                header = decode_header(message.header)
-            except BadError:
-                continue
-            if isinstance(header, Stable):
-                return self._jump(stream, message)
-        return False
-
     def _jump(self, stream: Stream, message: StreamMessage) -> bool:
         try:
             header = decode_header(message.header)
@@ -277,18 +272,10 @@ class Configuration:
             return False
         if not self.stable_certificate(header.h, header.digest, header.certificate):
             return False  # cannot be: an attested STABLE stands
-        skipped = [stream.waiting[cv] for cv in sorted(stream.waiting) if cv < message.cv]
         kept = Kept(bare(message), header, message.digest, stated(header))
         stream.jump(kept)
         self.jumps.append(kept.message)
         self.entered.add(header.e)
-        for old in skipped:  # what precedes an attested STABLE stands: keep the NEW-VIEWs, they may be needed
-            try:
-                view = decode_header(old.header)
-            except BadError:
-                continue
-            if isinstance(view, NewView):
-                self._keep_view(old, view)
         self._count(kept)
         return True
 
@@ -312,6 +299,7 @@ class Configuration:
                 self._vote_view(view, replica)
             case CommitNewView():
                 self.entered.add(header.g)
+                self.commits.setdefault(header.g, {})[replica] = kept.message
                 found = self.new_views.get(header.g)
                 if found is not None:
                     self._vote_view(found, replica)
@@ -457,9 +445,11 @@ class Configuration:
             content = decode_merge(payload)
         except BadError:
             return False
-        if self.replaying or header.g in self.entered:
+        if self._stands or header.g in self.entered:
             return True
         votes = self._named_votes(header.g, content.view_changes)
+        if votes is None:
+            self.wanted.views.add(header.g)  # or a COMMIT of it that stands
         if votes is None or isinstance(votes, bool):
             return votes
         outcome = merge(self.record, votes, self)
@@ -514,6 +504,15 @@ class Configuration:
             return None
         log = [item for cv, item in stream.kept.items() if cv < name.cv]
         return vote_of(self.record, name, state, log, self._retires(kept.header.retires))
+
+    def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:
+        """See `judge.Evidence`."""
+        if self._stands:
+            self.entered.add(message.g)
+            return True
+        if message.g in self.entered and self.streams[leader].ended is None:
+            return True
+        return self.stands(leader, message.cv)
 
     def new_view_cited(self, leader: str, message: CommitNewView) -> NewView | None:
         """See `judge.Evidence`."""
@@ -599,10 +598,20 @@ class Configuration:
         window = self._window
         for stream in self.streams.values():
             stream.truncate(self.attestations.attested(stream.replica), window)
-        # NEW-VIEW(e) is kept while e is current: until all but f streams have gone beyond it.
+        # NEW-VIEW(e) is kept while e is current (until all but f streams have gone beyond it) and while a kept log holds
+        # or commits to it: who reads that log must be able to judge it.
         current = sorted(stream.state.e for stream in self.streams.values())[self.record.f]
+        cited = {
+            kept.header.g
+            for stream in self.streams.values()
+            for kept in stream.kept.values()
+            if isinstance(kept.header, NewView | CommitNewView)
+        }
         for g in [g for g, view in self.new_views.items() if g < current and view.header.s_max <= floor]:
-            del self.new_views[g]
+            if g not in cited:
+                del self.new_views[g]
+        for g in [g for g in self.commits if g not in cited and g not in self.new_views]:
+            del self.commits[g]
         for digest in [d for d, s in self.named.items() if s <= floor]:
             del self.named[digest]
         self.batches.drop(floor)

@@ -83,8 +83,8 @@ class Evidence(Protocol):
         """The carried NEW-VIEW header if its UI is leader's and it decodes."""
         ...
 
-    def stands(self, replica: str, cv: int) -> bool | None:
-        """That stream had not ended at or before counter `cv`."""
+    def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:
+        """The carried NEW-VIEW stands in its leader's stream."""
         ...
 
 
@@ -208,7 +208,7 @@ def _new_view(
     if view.s_max > state.h + record.parameters.window:
         return Broken("R2: NEW-VIEW ends beyond h'+L")
     if isinstance(header, CommitNewView):
-        sound = known.stands(owner, header.cv)
+        sound = known.new_view_stands(owner, header)
     else:
         sound = known.new_view_recomputes(owner, cv, header, payload)
     if sound is None:

@@ -38,7 +38,6 @@ from cloudfit_orchestrator.bft.messages import (
     Discarded,
     EpochEndMessage,
     Forward,
-    NewView,
     PeerMessage,
     Prepare,
     StateIndex,
@@ -468,8 +467,8 @@ class Replica:
             case StatementMessage() if message.c == c:
                 self._take_statement(configuration, message)
             case Discarded():
-                if message.stable.replica != self._at.me or self._at.voice is None or not self._at.live:
-                    configuration.offer_jump(message)
+                if message.stable.replica != self._at.me or not self._at.live:
+                    self._catchup.take_discarded(peer, configuration, message)
             case BatchMessage():
                 if configuration.offer_batch(message.batch) is not None:
                     self._out.journal(LogBatch(c, message.batch))
@@ -499,10 +498,8 @@ class Replica:
             self._out.journal(LogBatch(message.c, message.batch))
         if message.replica == self._at.me and self._at.voice is not None and not self._at.live:
             self._out.journal(LogMessage(message))  # the own stream, lost and found again
-        if message.payload and message.cv <= configuration.streams[message.replica].cursor:
-            header = decode_header(message.header)
-            if isinstance(header, NewView) and header.g not in configuration.new_views:
-                configuration.offer_view(message)
+        if message.cv <= configuration.streams[message.replica].cursor or configuration.wanted.views:
+            configuration.offer_view(message)
 
     def _take_statement(self, configuration: Configuration, message: StatementMessage) -> None:
         statements = configuration.statements

@@ -13,6 +13,7 @@ from cloudfit_orchestrator.bft.messages import (
     Discarded,
     Fetch,
     FetchBatches,
+    FetchNewView,
     PeerMessage,
     Prepare,
     StateIndex,
@@ -72,6 +73,15 @@ def answer_batches(configuration: Configuration, question: FetchBatches) -> Iter
             if size > MAX_ANSWER and size > len(data):
                 return
             yield BatchMessage(data)
+
+
+def answer_view(configuration: Configuration, question: FetchNewView) -> Iterator[PeerMessage]:
+    """The NEW-VIEW of a view, and the COMMITs of it: each, if it stands, proves that the NEW-VIEW does."""
+    if configuration.record.c == question.c:
+        view = configuration.new_views.get(question.g)
+        if view is not None:
+            yield view.message
+        yield from configuration.commits.get(question.g, {}).values()
 
 
 def answer_state(execution: Execution, question: StateQuery | ChunkQuery, now_s: float) -> Iterator[PeerMessage]:
