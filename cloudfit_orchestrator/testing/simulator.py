@@ -349,7 +349,8 @@ class Simulation:
         """See `World`."""
         known = self._clients.get(client)
         if known is not None:
-            self.network.send(machine.identity.replica, known.name, lambda: known.receive(body))
+            replica = machine.identity.replica
+            self.network.send(replica, known.name, lambda: known.receive(replica, body))
 
     def ask(self, client: SimClient, replica: str, body: bytes) -> None:
         """See `Reach`."""

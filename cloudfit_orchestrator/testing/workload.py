@@ -5,28 +5,24 @@ took effect twice is seen in the lineage of states in which it did, whatever was
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from cloudfit_orchestrator.bft.clients import reply_root
 from cloudfit_orchestrator.bft.messages import (
     Bundle,
     BundleBody,
-    Overloaded,
     Replies,
     Request,
     bundle_bytes,
     decode_client,
     encode,
-    reply_leaf,
 )
 from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.bft.voting import Ballot
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.signing import Verifier
-from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 from cloudfit_orchestrator.services.kv import (
     CompareAndSwap,
     Delete,
@@ -121,7 +117,6 @@ class Open:
 
     frame: bytes
     calls: dict[int, tuple[int, Call]]  # number -> (handle in the history, call)
-    votes: dict[tuple[int, int, bytes], set[str]] = field(default_factory=lambda: defaultdict(set))
     retry_s: float = RETRY_S
 
 
@@ -147,14 +142,13 @@ class SimClient:
         self.left = operations
         self.answered = 0
         self._reach = reach
-        self._verifier = verifier
         self._history = history
         self._rng = rng
         self._keys = keys
         self._pause_s = pause_s
         self._number = 0
         self._open: Open | None = None
-        self._records: dict[int, ConfigRecord] = {}
+        self._ballot = Ballot(key.public, verifier)
         self._last: dict[bytes, bytes | None] = {}  # what this client saw last: good guesses for CAS
 
     @property
@@ -195,6 +189,7 @@ class SimClient:
         opened: dict[int, tuple[int, Call]] = {}
         for call in calls:
             self._number += 1
+            self._ballot.open(self._number)
             opened[self._number] = (self._history.invoke(self.name, call), call)
             name = self.key.public[:4] + self._number.to_bytes(4, "big")
             requests.append(Request(self._number, name + to_operation(call)))
@@ -214,36 +209,22 @@ class SimClient:
 
         self._reach.schedule.after(waiting.retry_s * self._rng.uniform(0.8, 1.2), again)
 
-    def receive(self, body: bytes) -> None:
-        """A frame of some machine. What is not a correctly signed reply to an open request is nothing."""
+    def receive(self, replica: str, body: bytes) -> None:
+        """A frame on the connection to `replica`; what is no correctly signed reply to an open request is nothing."""
         try:
             message = decode_client(body)
         except BadError:
             return
-        if isinstance(message, Overloaded) or not isinstance(message, Replies) or self._open is None:
+        if not isinstance(message, Replies) or self._open is None:
             return
-        record = self._record(message.c)
-        member = record.member(message.replica) if record is not None else None
-        if record is None or member is None:
-            return
-        root = reply_root(reply_leaf(self.key.public, message.results), message.path)
-        signed = LAYOUT[Kind.REPLY].pack(message.slot, root)
-        name = statement_bytes(Kind.REPLY, record.group, member.replica, record.c, signed)
-        if not self._verifier.verify(member.kss_key, name, message.signature):
-            return
-        for result in message.results:
-            votes = self._open.votes[message.c, result.number, result.result]
-            votes.add(message.replica)
-            if len(votes) == record.f + 1 and result.number in self._open.calls:
-                self._answered(result.number, result.result)
+        newest = self._reach.newest()
+        self._ballot.records[newest.c] = newest
+        for answer in self._ballot.add(replica, message):
+            if answer.number in self._open.calls:
+                self._answered(answer.number, answer.result)
         if not self._open.calls:
             self._open = None
             self._plan()
-
-    def _record(self, c: int) -> ConfigRecord | None:
-        newest = self._reach.newest()
-        self._records[newest.c] = newest
-        return self._records.get(c)
 
     def _answered(self, number: int, data: bytes) -> None:
         assert self._open is not None
