@@ -51,14 +51,15 @@ def destroy(context: Context, group: str, *, unprotect: bool = False) -> Destroy
     def on_cloud(cloud: CloudSpec) -> tuple[int, int]:
         context.report(Progress("destroy", "cloud", f"{group}/{cloud.name}", f"clearing {cloud.name}"))
         _evict(context, group, cloud)
-        counts = _clear(context, group, cloud)
+        return _clear(context, group, cloud)
+
+    counts = each(context, used, on_cloud).values()
+    for cloud in used:  # one after the other: clouds on one host list each other's networks while they clear
         if cloud.name not in shared:
+            context.check_cancelled()
             context.sites.cloud(cloud).delete_network(context.journal.deployment, network_name(context, cloud.name))
             context.journal.forget_network(cloud.name)
             context.sites.stop_agent(cloud)
-        return counts
-
-    counts = each(context, used, on_cloud).values()
     for machine in context.journal.machines(group):
         context.journal.machine_gone(machine)
     context.store.archive(group)

@@ -65,6 +65,8 @@ class LocalSites:
                 self._agents[spec.name] = client
         if spec.local and not spec.agent_socket and start:
             start_agent(self._home, spec.name, client)
+        else:
+            client.status()  # one that does not answer is unknown here and now, not at some later call
         return client
 
     def _dial(self, spec: CloudSpec) -> AgentClient:
