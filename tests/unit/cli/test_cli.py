@@ -179,3 +179,19 @@ def test_interrupted_apply_goes_on_when_run_again_and_destroy_leaves_nothing(hom
         destroyed = run(home, "group", "destroy", "ledger", "-f", "json")
     assert as_json(destroyed)["machines"] == 3
     assert list((home / "machines").glob("*/*.sock")) == []
+
+
+def test_a_group_whose_agents_were_killed_is_destroyed_all_the_same(home: Path) -> None:
+    spec = home / "ledger.yaml"
+    spec.write_text(SPEC)
+    try:
+        assert run(home, "group", "apply", str(spec)).returncode == 0
+        for agent in as_json(run(home, "agent", "status", "-f", "json"))["agents"]:
+            os.kill(agent["pid"], signal.SIGKILL)
+        shown = as_json(run(home, "group", "show", "ledger", "-f", "json"))
+        assert {(m["machine"], m["reachable"], m["verified"]) for m in shown["members"]} == {
+            ("running", "unknown", "unknown")
+        }
+    finally:
+        destroyed = run(home, "group", "destroy", "ledger", "-f", "json")
+    assert as_json(destroyed)["machines"] == 3
