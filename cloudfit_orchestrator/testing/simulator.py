@@ -37,7 +37,7 @@ GROUP = "simulated"
 GENESIS_S = 10.0  # until the first configuration is ACTIVE
 LIVENESS_S = 90.0  # after the healing, until all clients have their answers: some doubled time-outs
 MAX_LOG_RECORDS = 4000  # of one machine: far above a few windows
-MAX_SNAPSHOTS = 16  # kept on one disk
+MAX_SNAPSHOTS = 64  # kept on one disk: those of a second or two, until they are collected
 TRACE_LINES = 400  # kept for the report
 Changes = dict[str, Any]  # fields of a Profile
 
