@@ -295,14 +295,13 @@ class Configuration:
                 self.attestations.add(kept.message, header)
                 self.statements.certify(Certificate(header.h, header.digest, header.certificate))
             case NewView():
-                view = self._keep_view(kept.message, header)
-                self._vote_view(view, replica)
+                self._keep_view(kept.message, header)
             case CommitNewView():
                 self.entered.add(header.g)
                 self.commits.setdefault(header.g, {})[replica] = kept.message
                 found = self.new_views.get(header.g)
                 if found is not None:
-                    self._vote_view(found, replica)
+                    self.slots.vote_view(header.g, replica, found.choices)
                 else:
                     self.wanted.views.add(header.g)
             case _:
@@ -315,17 +314,14 @@ class Configuration:
             self.named[digest] = max(s, self.named.get(digest, 0))
             self.batches.name(digest, s)
 
-    def _vote_view(self, view: NewViewKept, voter: str) -> None:
-        self.slots.vote_view(view.header.g, voter, view.choices)
-
-    def _keep_view(self, message: StreamMessage, header: NewView) -> NewViewKept:
+    def _keep_view(self, message: StreamMessage, header: NewView) -> None:
         choices = decode_merge(message.payload).choices
-        view = NewViewKept(bare(message), header, choices)
-        self.new_views[header.g] = view
+        self.new_views[header.g] = NewViewKept(bare(message), header, choices)
         self.entered.add(header.g)
         for choice in choices:
             self._name(choice.batch, choice.s)
-        return view
+        for voter in (message.replica, *self.commits.get(header.g, ())):  # its COMMITs may have come before it
+            self.slots.vote_view(header.g, voter, choices)
 
     def _keep_vote(self, stream: Stream, kept: Kept) -> None:
         header = kept.header
