@@ -24,6 +24,7 @@ from cloudfit_orchestrator.bft.store import Snapshot
 from cloudfit_orchestrator.bft.transfer import Transfer
 
 FETCH_S = 0.1  # a gap is usually filled by messages under way
+PATIENCE_S = 1.0  # what was asked for is not asked for again while it comes in, nor sooner than this
 STUCK_S = 0.5  # without progress for so long, a certified state ahead is fetched whole
 MAX_BLAMES_REPORTED = 1024
 
@@ -35,6 +36,8 @@ class CatchUp:
         self._at = situation
         self._out = outbox
         self._turn = 0
+        self._asked: dict[str, tuple[int, int, float]] = {}  # replica -> (first, last, when) of the FETCH under way
+        self._batches_asked: tuple[bytes, ...] = ()
         self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
         self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
         self.transfer: Transfer | None = None
@@ -55,15 +58,29 @@ class CatchUp:
                 continue
             while first in stream.waiting:
                 first += 1
-            if first <= needed:
+            if first <= needed and self._patience_ends(replica, first):
                 last = min(needed, first + MAX_FETCH - 1)
+                self._asked[replica] = (first, last, self._out.now_s)
                 self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
         asked = others[self._turn % len(others)]
         batches = tuple(sorted(configuration.wanted.batches))[:MAX_FETCH]
-        if batches:
+        if batches and (batches != self._batches_asked or self._out.due("batches")):
+            self._batches_asked = batches
+            self._out.later("batches", PATIENCE_S)
             self._out.send(asked, FetchBatches(batches))
-        for g in sorted(configuration.wanted.views)[:4]:
-            self._out.send(asked, FetchNewView(c, g))
+        if configuration.wanted.views and self._out.every("views", PATIENCE_S / 2):
+            for g in sorted(configuration.wanted.views)[:4]:
+                self._out.send(asked, FetchNewView(c, g))
+
+    def _patience_ends(self, replica: str, first: int) -> bool:
+        """Whether the gap that begins at `first` is to be asked for: what was asked for has come, or nothing comes."""
+        asked = self._asked.get(replica)
+        if asked is None or not asked[0] <= first <= asked[1]:
+            return True
+        if first > asked[0]:  # it is coming in
+            self._asked[replica] = (first, asked[1], self._out.now_s)
+            return False
+        return self._out.now_s - asked[2] >= PATIENCE_S
 
     def take_discarded(self, peer: str, configuration: Configuration, message: Discarded) -> None:
         """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream has
@@ -140,7 +157,10 @@ class CatchUp:
             self._out.report("diverged", {"slot": newest.slot})
             self._at.installed = False  # the own state is wrong: nothing more is executed on it
             return newest.slot, newest.digest
-        if newest.slot > slot and self._out.now_s - self._at.progress_s > STUCK_S:
+        # Far behind, the streams that lead there are longer than the state: a learner has none of it yet.
+        far = record.parameters.checkpoint_period if self._at.voice is None else record.parameters.window
+        stuck = self._out.now_s - self._at.progress_s > STUCK_S
+        if newest.slot > slot + far or (newest.slot > slot and stuck):
             return newest.slot, newest.digest
         return None
 

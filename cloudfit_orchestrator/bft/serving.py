@@ -23,7 +23,7 @@ from cloudfit_orchestrator.bft.messages import (
 from cloudfit_orchestrator.bft.store import BUCKETS
 from cloudfit_orchestrator.bft.stream import Kept
 
-MAX_ANSWER = 2 << 20  # bytes sent for one question; the asker asks again from where it got to
+MAX_ANSWER = 512 << 10  # bytes sent for one question; the asker asks again from where it got to
 
 
 def with_batch(configuration: Configuration, kept: Kept) -> StreamMessage:

@@ -20,7 +20,7 @@ from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, chunk_hash, root_
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 
-RETRY_S = 0.5  # a source that has not answered by then is asked again, or another is; liveness only
+RETRY_S = 2.0  # a source that has not answered by then is asked again, or another is; liveness only
 EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
 STALLED_S = 2.0
 PARALLEL = 16  # chunks asked of one peer at once; they may be large
