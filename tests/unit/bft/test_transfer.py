@@ -1,0 +1,187 @@
+"""State transfer by Merkle difference (protocol §4, §6): no source is believed, each chunk blames its sender."""
+
+import pytest
+
+from cloudfit_orchestrator.bft.messages import Chunk, ChunkQuery, Frozen, StateIndex, StateQuery
+from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, StateStore, bucket_of
+from cloudfit_orchestrator.bft.transfer import EXPORTER_TRIES, RETRY_S, Blame, Transfer
+
+PEERS = ["r0#1", "r1#2", "r2#3"]
+DISK = "old#9"
+
+
+def state(entries: int, *, salt: bytes = b"") -> Snapshot:
+    store = StateStore()
+    for i in range(entries):
+        store.put(b"key%d" % i, b"value%d" % i + salt)
+    return store.snapshot()
+
+
+WANTED = state(300)
+EMPTY = StateStore().snapshot()
+
+
+class Site:
+    """A transfer, its clock and its sources. A source is a function of (message) -> answers, or absent: silent."""
+
+    def __init__(self, local: Snapshot = EMPTY, exporters: tuple[str, ...] = ()) -> None:
+        self.sent: list[tuple[str, Frozen]] = []
+        self.transfer = Transfer(64, WANTED.root, local, lambda peer, m: self.sent.append((peer, m)))
+        self.exporters = list(exporters)
+        self.now_s = 1.0
+        self.sources = {}
+        self.asked: list[tuple[str, Frozen]] = []
+
+    def run(self, rounds: int = 2000) -> None:
+        for _ in range(rounds):
+            if self.transfer.done:
+                return
+            self.now_s += RETRY_S / 4
+            self.transfer.tick(self.now_s, PEERS, self.exporters)
+            sent, self.sent = self.sent, []
+            self.asked += sent
+            for source, message in sent:
+                answer = self.sources.get(source)
+                for reply in answer(message) if answer else ():
+                    if isinstance(reply, StateIndex):
+                        self.transfer.index(source, reply, self.exporters)
+                    else:
+                        self.transfer.chunk(source, reply, self.now_s)
+        raise AssertionError("the transfer does not end")
+
+    def queries(self, source: str) -> set[int]:
+        return {i for s, m in self.asked if s == source and isinstance(m, ChunkQuery) for i in m.indices}
+
+
+def honest(snapshot: Snapshot = WANTED, *, corrupt: tuple[int, ...] = (), missing: tuple[int, ...] = ()):
+    def answer(message: Frozen):
+        if isinstance(message, StateQuery):
+            return [StateIndex(message.root or snapshot.root, 64, b"".join(snapshot.chunk_hashes))]
+        assert isinstance(message, ChunkQuery)
+        return [
+            Chunk(message.root, i, b"" if i in missing else snapshot.chunk(i) + b"!" * (i in corrupt), i in missing)
+            for i in message.indices
+        ]
+
+    return answer
+
+
+def test_a_state_is_fetched_from_all_peers() -> None:
+    site = Site()
+    site.sources = dict.fromkeys(PEERS, honest())
+    site.run()
+    assert site.transfer.result() == WANTED
+    figures = site.transfer.figures
+    assert set(figures.fetched) == set(PEERS)
+    assert figures.kept + sum(figures.fetched.values()) == BUCKETS
+
+
+def test_only_what_differs_is_fetched() -> None:
+    store = StateStore.from_snapshot(WANTED)
+    store.put(b"key7", b"mine")
+    site = Site(local=store.snapshot())
+    site.sources = dict.fromkeys(PEERS, honest())
+    site.run()
+    assert site.transfer.figures.kept == BUCKETS - 1
+    assert set().union(*(site.queries(p) for p in PEERS)) == {bucket_of(b"key7")}
+
+
+@pytest.mark.parametrize("silent", [("r0#1",), ("r0#1", "r2#3")])
+def test_silent_peers_delay_a_transfer_but_do_not_stop_it(silent: tuple[str, ...]) -> None:
+    site = Site()
+    site.sources = {p: honest() for p in PEERS if p not in silent}
+    site.run()
+    assert site.transfer.result() == WANTED
+
+
+def test_who_sends_a_corrupt_chunk_is_blamed_for_it_and_asked_for_it_no_more() -> None:
+    bad = tuple(range(0, BUCKETS, 7))
+    site = Site()
+    site.sources = {**dict.fromkeys(PEERS, honest()), "r1#2": honest(corrupt=bad)}
+    site.run()
+    assert site.transfer.result() == WANTED
+    corrupt = site.transfer.figures.corrupt
+    assert corrupt
+    assert {b.source for b in corrupt} == {"r1#2"}
+    assert len(corrupt) == len({b.index for b in corrupt}), "each chunk is blamed once"
+    assert all(b.index in bad for b in corrupt)
+
+
+def test_a_wrong_index_is_refused() -> None:
+    site = Site()
+    other = state(300, salt=b"lie")
+    assert not site.transfer.index("r1#2", StateIndex(WANTED.root, 64, b"".join(other.chunk_hashes)), [])
+    assert not site.transfer.index("r1#2", StateIndex(WANTED.root, 64, b"short"), [])
+    assert site.transfer.index("r1#2", StateIndex(other.root, 64, b""), []), "an answer to another question: no lie"
+    assert not site.transfer.done
+
+
+def test_an_exporter_is_asked_first_and_only_for_what_its_disk_has_right() -> None:
+    store = StateStore.from_snapshot(WANTED)
+    stale = {bucket_of(b"key%d" % i) for i in range(10)}
+    for i in range(10):
+        store.put(b"key%d" % i, b"old")
+    site = Site(exporters=(DISK,))
+    site.sources = {**dict.fromkeys(PEERS, honest()), DISK: honest(store.snapshot())}
+    site.run()
+    figures = site.transfer.figures
+    assert site.transfer.result() == WANTED
+    assert figures.stale[DISK] == len(stale)
+    assert not site.queries(DISK) & stale
+    assert set().union(*(site.queries(p) for p in PEERS)) == stale
+    assert figures.fetched[DISK] + figures.kept + len(stale) == BUCKETS
+
+
+def test_a_disk_that_lies_chunk_by_chunk_is_found_out() -> None:
+    lies = {bucket_of(b"key3"), bucket_of(b"key4")}
+    site = Site(exporters=(DISK,))
+    site.sources = {**dict.fromkeys(PEERS, honest()), DISK: honest(corrupt=tuple(lies))}
+    site.run()
+    assert site.transfer.result() == WANTED
+    assert sorted(site.transfer.figures.corrupt, key=lambda b: b.index) == [Blame(i, DISK) for i in sorted(lies)]
+
+
+def test_chunks_that_a_disk_cannot_read_come_from_peers() -> None:
+    gone = {bucket_of(b"key5"), bucket_of(b"key6")}
+    site = Site(exporters=(DISK,))
+    site.sources = {**dict.fromkeys(PEERS, honest()), DISK: honest(missing=tuple(gone))}
+    site.run()
+    assert site.transfer.result() == WANTED
+    assert site.transfer.figures.absent[DISK] == len(gone)
+    assert site.transfer.figures.corrupt == []
+
+
+def test_a_silent_exporter_is_waited_for_a_while_only() -> None:
+    site = Site(exporters=(DISK,))
+    site.sources = dict.fromkeys(PEERS, honest())
+    site.run()
+    assert site.transfer.result() == WANTED
+    assert sum(source == DISK for source, _ in site.asked) == EXPORTER_TRIES
+
+
+def test_chunks_nobody_asked_for_are_dropped() -> None:
+    site = Site()
+    t = site.transfer
+    assert t.chunk("r1#2", Chunk(WANTED.root, 1, b"x"), 1.0) is None, "before the index"
+    t.index("r1#2", StateIndex(WANTED.root, 64, b"".join(WANTED.chunk_hashes)), [])
+    for index in (-1, 1, BUCKETS, 1 << 60):
+        assert t.chunk("r1#2", Chunk(WANTED.root, index, b"x"), 1.0) is None
+    assert t.figures.corrupt == []
+    assert t.figures.fetched.total() == 0
+
+
+def test_a_transfer_goes_on_from_the_chunks_of_the_one_it_replaces() -> None:
+    first = Site()
+    first.sources = dict.fromkeys(PEERS, honest())
+    first.run()
+    second = Transfer(128, WANTED.root, EMPTY, lambda *_: None, first.transfer)
+    assert second.index("r0#1", StateIndex(WANTED.root, 128, b"".join(WANTED.chunk_hashes)), [])
+    assert second.done
+    assert second.result() == WANTED
+
+
+def test_a_transfer_without_news_is_stalled() -> None:
+    site = Site()
+    site.transfer.tick(1.0, PEERS, [])
+    assert not site.transfer.stalled(1.5)
+    assert site.transfer.stalled(10.0)
