@@ -63,7 +63,11 @@ class CatchUp:
                 self._asked[replica] = (first, last, self._out.now_s)
                 self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
         asked = others[self._turn % len(others)]
-        batches = tuple(sorted(configuration.wanted.batches))[:MAX_FETCH]
+        wanted = sorted(configuration.wanted.batches)
+        if len(wanted) > MAX_FETCH:  # turn by turn: who withholds many must not hide the one that matters
+            at = self._turn * MAX_FETCH % len(wanted)
+            wanted = (wanted[at:] + wanted[:at])[:MAX_FETCH]
+        batches = tuple(wanted)
         if batches and (batches != self._batches_asked or self._out.due("batches")):
             self._batches_asked = batches
             self._out.later("batches", PATIENCE_S)
@@ -116,7 +120,7 @@ class CatchUp:
             case FetchNewView():
                 answers = answer_view(now, message) if now is not None else ()
             case StateQuery() | ChunkQuery():
-                answers = answer_state(self._at.execution, message, self._out.now_s)
+                answers = answer_state(self._at.execution, message, self._out.now_s, self._newest_certified())
             case _:
                 return False
         for answer in answers:
@@ -164,9 +168,25 @@ class CatchUp:
             return newest.slot, newest.digest
         return None
 
+    def _newest_certified(self) -> bytes:
+        """The root of the newest certified state that is kept; empty if there is none."""
+        configuration, snapshots = self._at.configuration, self._at.execution.snapshots
+        certificates = configuration.statements.certificates if configuration is not None else {}
+        kept = [slot for c, slot in snapshots if c == self._at.c and slot in certificates]
+        return snapshots[(self._at.c, max(kept))].root if kept else b""
+
     def take_index(self, peer: str, message: StateIndex) -> None:
-        """A state's chunk hashes arrived."""
-        if self.transfer is not None and not self.transfer.index(peer, message, list(self._at.exporters)):
+        """A state's chunk hashes arrived: those asked for, or those of a later certified state that the peer has."""
+        configuration, transfer = self._at.configuration, self.transfer
+        if transfer is None or configuration is None:
+            return
+        if message.root != transfer.root and peer not in self._at.exporters:
+            later = configuration.statements.certificates.get(message.slot)
+            if transfer.indexed or later is None or later.digest != message.root or message.slot <= transfer.slot:
+                return
+            local = self._at.execution.store.snapshot()
+            transfer = self.transfer = Transfer(later.slot, later.digest, local, self._out.send, transfer)
+        if not transfer.index(peer, message, list(self._at.exporters)):
             self._out.blame(replica_of(peer), "state index")
 
     def take_chunk(self, peer: str, message: Chunk) -> tuple[int, Snapshot] | None:

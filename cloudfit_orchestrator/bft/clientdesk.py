@@ -13,6 +13,8 @@ from cloudfit_orchestrator.bft.voice import Voice
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
+AGAIN_S = 0.05  # a client is answered from the table so often at most: each answer costs a signature
+
 
 class ClientDesk:
     """Takes bundles in, proposes them, answers."""
@@ -45,7 +47,7 @@ class ClientDesk:
                 known.append(Result(request.number, result))
             elif acceptable(store, body.client, request.number, limits.client_window):
                 fresh.append(request.number)
-        if known and client is not None:
+        if known and client is not None and self._out.every(f"again {client.hex()}", AGAIN_S):
             self.reply(self._at.execution.slot, [Executed(body.client, tuple(known))])
         if fresh and not self._at.pool.add(data, body, self._out.now_s) and client is not None:
             self._out.count("overloaded")

@@ -89,7 +89,7 @@ def _execute_one(store: StateStore, service: Service, client: bytes, request: Re
             store.delete(_reply_key(client, low))
     if low < number:
         try:
-            store.put(key, result)
+            store.put_reply(key, result)
         except BadInputError:  # the bucket is full: the window closes over the request, it will not be executed again
             total -= len(result)
             low = max(low, number)

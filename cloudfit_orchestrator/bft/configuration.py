@@ -6,10 +6,11 @@ are what follows. Nothing here speaks: a member's own voice is in `voice.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest
 from cloudfit_orchestrator.bft.evidence import Attestations, Batches, Certificate, Statements
-from cloudfit_orchestrator.bft.judge import Broken, Held, initial, judge, leader, stated
+from cloudfit_orchestrator.bft.judge import Broken, Held, StreamState, initial, judge, leader, stated
 from cloudfit_orchestrator.bft.merge import Merged, Missing, Proposal, Vote, merge, slots_of, vote_of
 from cloudfit_orchestrator.bft.messages import (
     NOOP,
@@ -32,11 +33,11 @@ from cloudfit_orchestrator.bft.messages import (
     decode_merge,
 )
 from cloudfit_orchestrator.bft.slots import Slots
-from cloudfit_orchestrator.bft.stream import Citation, Kept, Stream
+from cloudfit_orchestrator.bft.stream import MAX_AHEAD, Citation, Kept, Stream
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.orders import open_retire
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
-from cloudfit_orchestrator.model.signing import Verifier, sha256
+from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, Verifier, sha256
 from cloudfit_orchestrator.model.ui import EpochEnd, epoch_end_bytes, ui_bytes
 
 WEDGE = -1  # the target under which wedge votes are kept
@@ -50,6 +51,15 @@ class NewViewKept:
     message: StreamMessage
     header: NewView
     choices: tuple[Choice, ...]
+    logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
+
+
+class Offered(Enum):
+    """What became of a message that was offered."""
+
+    TAKEN = "taken"  # its UI holds, and it waits for its turn
+    NOT_WANTED = "not wanted"  # known, or too far ahead: its UI was not looked at
+    BAD = "bad"  # its UI is wrong: blame who sent it
 
 
 @dataclass(slots=True)
@@ -91,6 +101,7 @@ class Configuration:
         self.streams = {m.replica: Stream(m.replica, start, envelope_hash) for m in record.members}
         self.new_views: dict[int, NewViewKept] = {}
         self.commits: dict[int, dict[str, StreamMessage]] = {}  # COMMIT(NEW-VIEW)s that stand, by view and sender
+        self.standing: dict[int, tuple[int, bytes]] = {}  # (counter, digest) of the NEW-VIEW that stands, by view
         self.entered: set[int] = {0}  # views that some stream, known to stand, has entered
         self.votes: dict[str, dict[int, Vote]] = {m.replica: {} for m in record.members}
         self.epoch_ends: dict[str, EpochEnd] = {}
@@ -98,6 +109,7 @@ class Configuration:
         self.wanted = Wanted()
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
         self._cited: dict[tuple[str, int], list[tuple[str, Citation]]] = {}
+        self._logs: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # of the NEW-VIEW being judged
         self.jumps: list[StreamMessage] = []  # anchors that cursors jumped to, for the journal to take
         self._merge_wants: set[bytes] = set()
 
@@ -114,18 +126,18 @@ class Configuration:
         message = ui_bytes(self.record.group, replica, self.record.c, cv, digest)
         return self._verifier.verify(member.usig_key, message, certificate)
 
-    def offer(self, message: StreamMessage) -> bool:
-        """Buffer a stream message. False if its UI is wrong: blame who sent it."""
+    def offer(self, message: StreamMessage) -> Offered:
+        """Buffer a stream message."""
         stream = self.streams.get(message.replica)
         if stream is None or message.c != self.record.c:
-            return False
+            return Offered.BAD
         if not stream.wants(message.cv):
-            return True
+            return Offered.NOT_WANTED
         if not self.genuine(message):
-            return False
+            return Offered.BAD
         stream.wait(bare(message))
-        self._attest(message)  # a signed statement already; processing it may have to wait for what it attests
-        return True
+        self._peek(message)
+        return Offered.TAKEN
 
     def offer_batch(self, data: bytes, named_by: bytes = b"") -> bytes | None:
         """Hold a batch that a proposal names, or may: one that came with the genuine PREPARE `named_by`. Its digest if
@@ -158,11 +170,60 @@ class Configuration:
         elif isinstance(header, CommitNewView) and message.cv < self.attestations.attested(message.replica):
             if stream.ended is None:
                 self.entered.add(header.g)
+                self.standing[header.g] = (header.cv, sha256(header.header, header.payload_hash))
+
+    def offer_log(self, messages: Sequence[StreamMessage]) -> None:
+        """Answer to FETCH-NEW-VIEW: the log of a VIEW-CHANGE whose stream was jumped over. It precedes an attested
+        STABLE, so all of it stands; it counts if it begins where a log may begin (§4).
+        """
+        if not messages or len(messages) > 4 * self._window:
+            return
+        first, last = messages[0], messages[-1]
+        stream = self.streams.get(first.replica)
+        if stream is None or stream.stands(last.cv) is not True:
+            return
+        if [m.cv for m in messages] != list(range(first.cv, last.cv + 1)):
+            return
+        if not all(m.replica == first.replica and m.c == self.record.c and self.genuine(m) for m in messages):
+            return
+        self._read_log(stream, messages)
+
+    def _read_log(self, stream: Stream, messages: Sequence[StreamMessage]) -> None:
+        state = initial(self.record)
+        kept: list[Kept] = []
+        for message in messages:
+            try:
+                header = decode_header(message.header)
+            except BadError:
+                return
+            if isinstance(header, Stable) and not kept and message.cv > 1:
+                outcome: object = stated(header)
+            else:
+                self._stands = True
+                outcome = judge(self.record, state, stream.replica, message.cv, header, message, self)
+                self._stands = False
+            if not isinstance(outcome, StreamState):
+                return  # cannot be: it stands
+            entries = self._citations(header) if isinstance(header, Commit) else ()
+            before, state = state, outcome
+            kept.append(Kept(message, header, message.digest, state, entries))
+        header, first = kept[-1].header, kept[0]
+        anchored = first.message.cv == 1 or (
+            isinstance(first.header, Stable) and first.header.h <= before.h - self._window
+        )
+        if isinstance(header, ViewChange) and anchored:
+            name = Named(stream.replica, kept[-1].message.cv, kept[-1].digest)
+            retires = self._retires(header.retires)
+            self.votes[stream.replica][header.g] = vote_of(
+                self.record, name, before, kept[:-1], message=kept[-1].message, retires=retires
+            )
 
     def offer_end(self, end: EpochEnd) -> bool:
         """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
         member = self.record.member(end.replica)
-        if member is None or end.c != self.record.c:
+        if member is None or end.c != self.record.c or not 0 <= end.cv_end < 1 << 63:
+            return False
+        if len(end.last_digest) != DIGEST_BYTES or len(end.last_certificate) != SIGNATURE_BYTES:
             return False
         if not self._verifier.verify(member.usig_key, epoch_end_bytes(self.record.group, end), end.signature):
             return False
@@ -179,16 +240,23 @@ class Configuration:
             return False
         for proof in message.attestation:
             if proof.c == self.record.c and self.genuine(proof):
-                self._attest(proof)
+                self._peek(proof)
         return self._jump(stream, stable)
 
-    def _attest(self, message: StreamMessage) -> None:
+    def _peek(self, message: StreamMessage) -> None:
+        """A STABLE is a signed statement already: its attestations and its certificate hold before it is processed,
+        which may have to wait for just that.
+        """
         try:
             header = decode_header(message.header)
         except BadError:
             return
         if isinstance(header, Stable) and header.c == self.record.c:
             self.attestations.add(message, header)
+            newest = self.statements.newest
+            if newest is None or header.h > newest.slot:
+                if self.stable_certificate(header.h, header.digest, header.certificate):
+                    self.statements.certify(Certificate(header.h, header.digest, header.certificate))
 
     def restore_anchor(self, message: StreamMessage) -> None:
         """Start a stream at a STABLE of the own log."""
@@ -237,7 +305,8 @@ class Configuration:
             self._end(stream, cv, "form: header does not decode")
             return False
         self._stands = self.replaying or cv < self.attestations.attested(stream.replica)
-        outcome = judge(self.record, stream.state, stream.replica, cv, header, message.payload, self)
+        outcome = judge(self.record, stream.state, stream.replica, cv, header, message, self)
+        self._stands = False
         match outcome:
             case Held():
                 stream.held = outcome.why
@@ -316,8 +385,9 @@ class Configuration:
 
     def _keep_view(self, message: StreamMessage, header: NewView) -> None:
         choices = decode_merge(message.payload).choices
-        self.new_views[header.g] = NewViewKept(bare(message), header, choices)
+        self.new_views[header.g] = NewViewKept(bare(message), header, choices, self._logs.pop(header.g, ()))
         self.entered.add(header.g)
+        self.standing[header.g] = (message.cv, message.digest)
         for choice in choices:
             self._name(choice.batch, choice.s)
         for voter in (message.replica, *self.commits.get(header.g, ())):  # its COMMITs may have come before it
@@ -336,7 +406,8 @@ class Configuration:
         if not stream.complete(self._window):
             return  # read from an anchor too near to tell what the log holds: this judge cannot count the vote
         votes = self.votes[stream.replica]
-        votes[target] = vote_of(self.record, name, stream.state, list(stream.kept.values()), retires)
+        log = list(stream.kept.values())
+        votes[target] = vote_of(self.record, name, stream.state, log, message=kept.message, retires=retires)
         for old in sorted(t for t in votes if t != WEDGE)[:-MAX_VOTES_KEPT]:
             del votes[old]
 
@@ -354,18 +425,16 @@ class Configuration:
     # --------------------------------------------------------------------------------------------------------- citations
     def _citations(self, header: Commit) -> tuple[Citation, ...]:
         """The entries of a COMMIT that are what they claim; the proposals that they carry are offered to their streams."""
-        found = []
+        found: dict[tuple[str, int], Citation] = {}
         for entry in header.entries:
             stream = self.streams.get(entry.proposer)
             if stream is None:
                 continue
             kept = stream.kept.get(entry.cv)
-            if kept is not None:
-                if kept.message.header != entry.header:
-                    continue
+            message = StreamMessage(self.record.c, entry.proposer, entry.cv, entry.header, b"", entry.certificate)
+            if kept is not None and kept.message == message:
                 carried: Header = kept.header
-            else:
-                message = StreamMessage(self.record.c, entry.proposer, entry.cv, entry.header, b"", entry.certificate)
+            else:  # an entry is judged by itself, not by what is held: its UI must be the proposer's
                 if not self.genuine(message):
                     continue
                 try:
@@ -378,13 +447,15 @@ class Configuration:
                 continue
             ends = (carried.s, carried.s) if isinstance(carried, Prepare) else (carried.s1, carried.s2)
             if ends == (entry.s1, entry.s2):
-                found.append(Citation(entry.proposer, entry.cv, carried))
-        return tuple(found)
+                found[(entry.proposer, entry.cv)] = Citation(entry.proposer, entry.cv, carried)
+        return tuple(found.values())
 
     def _cite(self, voter: str, citation: Citation) -> None:
         stream = self.streams[citation.proposer]
         stands = stream.stands(citation.cv)
         if stands is None:
+            if citation.cv > stream.cursor + MAX_AHEAD:
+                return  # too far ahead to wait for; a checkpoint will cover it
             self._cited.setdefault((citation.proposer, citation.cv), []).append((voter, citation))
             self.wanted.streams[citation.proposer] = max(citation.cv, self.wanted.streams.get(citation.proposer, 0))
         elif stands:
@@ -453,6 +524,7 @@ class Configuration:
             self.wanted.add(outcome)
             return None
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
+        self._logs = {header.g: tuple(vote.log for vote in votes)}
         return told == outcome
 
     def _named_votes(self, target: int, names: Sequence[Named]) -> list[Vote] | bool | None:
@@ -499,15 +571,18 @@ class Configuration:
         if anchor is not None and (name.cv <= anchor.message.cv or anchor.state.h > state.h - self._window):
             return None
         log = [item for cv, item in stream.kept.items() if cv < name.cv]
-        return vote_of(self.record, name, state, log, self._retires(kept.header.retires))
+        retires = self._retires(kept.header.retires)
+        return vote_of(self.record, name, state, log, message=kept.message, retires=retires)
 
     def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:
         """See `judge.Evidence`."""
+        this = (message.cv, sha256(message.header, message.payload_hash))
         if self._stands:
             self.entered.add(message.g)
+            self.standing[message.g] = this
             return True
-        if message.g in self.entered and self.streams[leader].ended is None:
-            return True
+        if message.g in self.standing:
+            return self.standing[message.g] == this
         return self.stands(leader, message.cv)
 
     def new_view_cited(self, leader: str, message: CommitNewView) -> NewView | None:
@@ -562,7 +637,7 @@ class Configuration:
         if not stream.complete(self._window):
             return None
         name = Named(replica, end.cv_end + 1, end.last_digest)
-        vote = vote_of(self.record, name, stream.state, list(stream.kept.values()), ())
+        vote = vote_of(self.record, name, stream.state, list(stream.kept.values()))
         self.votes[replica][WEDGE] = vote
         return vote
 
@@ -610,7 +685,16 @@ class Configuration:
             del self.commits[g]
         for digest in [d for d, s in self.named.items() if s <= floor]:
             del self.named[digest]
+        for place in [p for p, waiting in self._cited.items() if _last_slot(waiting[0][1].header) <= floor]:
+            del self._cited[place]
+        for g in [g for g in self.standing if g < current and g not in cited and g not in self.new_views]:
+            del self.standing[g]
+            self.entered.discard(g)
         self.batches.drop(floor)
+
+
+def _last_slot(header: Prepare | Skip) -> int:
+    return header.s if isinstance(header, Prepare) else header.s2
 
 
 def bare(message: StreamMessage) -> StreamMessage:

@@ -213,5 +213,5 @@ class Batches:
             del self._held[digest]
 
     def all(self) -> list[bytes]:
-        """All batches held that a proposal names."""
-        return [held.data for held in self._held.values() if held.slot >= 0]
+        """All batches held, also those whose proposal waits: it may be voted for before the log is cut again."""
+        return [held.data for held in self._held.values()]

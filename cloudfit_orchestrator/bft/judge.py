@@ -20,11 +20,15 @@ from cloudfit_orchestrator.bft.messages import (
     Signed,
     Skip,
     Stable,
+    StreamMessage,
     ViewChange,
     Wedge,
 )
+from cloudfit_orchestrator.model.envelope import MAX_ENVELOPE_BYTES
 from cloudfit_orchestrator.model.record import Algorithm, ConfigRecord
 
+MAX_ENTRY_BYTES = 512  # one vote with the proposal that it carries, or one slot of S
+MAX_PER_MEMBER_BYTES = 2048  # a signature, a vector's entry, a name, a RETIRE order
 WEDGED_VIEW = (1 << 63) - 1  # the v of a wedged stream: above all views of its configuration
 
 
@@ -114,11 +118,21 @@ def stated(stable: Stable) -> StreamState:
 
 
 def judge(
-    record: ConfigRecord, state: StreamState, replica: str, cv: int, header: Header, payload: bytes, known: Evidence
+    record: ConfigRecord,
+    state: StreamState,
+    replica: str,
+    cv: int,
+    header: Header,
+    message: StreamMessage,
+    known: Evidence,
 ) -> StreamState | Broken | Held:
     """The state of `replica`'s stream after message `cv`, or why the stream ends or waits there."""
     if header.c != record.c:
         return Broken("form: message of another configuration")
+    if message.payload and not isinstance(header, NewView):
+        return Broken("form: only a NEW-VIEW has a payload")  # a COMMIT that carries a PREPARE carries it whole
+    if _size(header, message) > _largest(record, header):
+        return Broken("form: larger than any correct message")
     if state.wedged:
         return Broken("R1: nothing follows a wedge")
     match header:
@@ -137,7 +151,19 @@ def judge(
                 return Broken("form: wedge without PREPARED(c') on this base")
             return replace(state, v=WEDGED_VIEW, since=0)
         case NewView() | CommitNewView():
-            return _new_view(record, state, replica, cv, header, payload, known)
+            return _new_view(record, state, replica, cv, header, message.payload, known)
+
+
+def _size(header: Header, message: StreamMessage) -> int:
+    return len(message.header) + len(message.payload) if not isinstance(header, Wedge) else len(header.prepared)
+
+
+def _largest(record: ConfigRecord, header: Header) -> int:
+    """Bytes that a correct member may need for such a message: what is kept of a stream is bounded (rule 5)."""
+    if isinstance(header, Wedge):
+        return MAX_ENVELOPE_BYTES
+    entries = record.parameters.window if isinstance(header, Commit | NewView) else 1
+    return entries * MAX_ENTRY_BYTES + (record.n + 1) * MAX_PER_MEMBER_BYTES
 
 
 def _ordering(

@@ -19,6 +19,7 @@ from cloudfit_orchestrator.bft.messages import (
     NewView,
     Prepare,
     Skip,
+    StreamMessage,
 )
 from cloudfit_orchestrator.bft.stream import Kept
 from cloudfit_orchestrator.model.record import Algorithm, ConfigRecord
@@ -44,6 +45,7 @@ class Vote:
     proposals: tuple[Proposal, ...]
     views: tuple[tuple[int, int], ...]  # (g, s_max) of the NEW-VIEWs that the log holds or commits to
     retires: tuple[str, ...]  # replicas with a valid RETIRE order
+    log: tuple[StreamMessage, ...]  # what it was read off, itself at the end, for those who have only what comes later
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,20 @@ def slots_of(header: Prepare | Skip, record: ConfigRecord, state: StreamState, p
 
 
 def vote_of(
-    record: ConfigRecord, name: Named, state: StreamState, kept: Iterable[Kept], retires: tuple[str, ...]
+    record: ConfigRecord,
+    name: Named,
+    state: StreamState,
+    kept: Iterable[Kept],
+    *,
+    message: StreamMessage | None = None,
+    retires: tuple[str, ...] = (),
 ) -> Vote:
-    """Read a vote off the kept part of a stream, up to the message `name`."""
+    """Read a vote off the kept part of a stream, up to the message `name` (None if EPOCH-END stands in its place)."""
     proposals: list[Proposal] = []
     views: list[tuple[int, int]] = []
+    log: list[StreamMessage] = []
     for item in kept:
+        log.append(item.message)
         match item.header:
             case Prepare() | Skip():
                 proposals += _proposals(record, item.header, item.state, item.message.replica, item.message.cv)
@@ -107,7 +117,9 @@ def vote_of(
                 views.append((item.header.g, item.state.p))
             case _:
                 pass
-    return Vote(name, state, tuple(proposals), tuple(views), retires)
+    return Vote(
+        name, state, tuple(proposals), tuple(views), retires, tuple(log) if message is None else (*log, message)
+    )
 
 
 def _proposals(

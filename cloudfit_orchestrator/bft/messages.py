@@ -210,6 +210,12 @@ class FetchNewView(Frozen, frozen=True, tag=33):
     g: int
 
 
+class LogProof(Frozen, frozen=True, tag=35):
+    """The log of a VIEW-CHANGE, from a permitted anchor (or the epoch's start) to the VIEW-CHANGE itself."""
+
+    messages: tuple[StreamMessage, ...]
+
+
 class FetchBatches(Frozen, frozen=True, tag=24):
     """Ask for batches by digest."""
 
@@ -291,6 +297,7 @@ PeerMessage = (
     | Fetch
     | Discarded
     | FetchNewView
+    | LogProof
     | FetchBatches
     | BatchMessage
     | Forward

@@ -8,7 +8,8 @@ from cloudfit_orchestrator.bft.journal import Entry, encode_entry
 from cloudfit_orchestrator.bft.messages import Frozen, encode
 from cloudfit_orchestrator.model.statement import Kind
 
-MAX_SIGNS = 4096  # statements waiting for their signature
+MAX_REPLY_SIGNS = 4096  # replies waiting for their signature; the oldest is given up: clients ask again
+MAX_OTHER_SIGNS = 256  # checkpoints, REQs, confirmations: few are under way; a refused one leaves its place here
 
 
 class Outbox:
@@ -20,7 +21,7 @@ class Outbox:
         self.log_size = 0
         self.counters: dict[str, int] = {}
         self._effects: list[Effect] = []
-        self._awaited: dict[int, Callable[[bytes], None]] = {}
+        self._awaited: dict[bool, dict[int, Callable[[bytes], None]]] = {True: {}, False: {}}  # replies, others
         self._token = 0
         self._due: dict[str, float] = {}
         self._blamed: dict[str, str] = {}
@@ -53,21 +54,27 @@ class Outbox:
 
     def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None]) -> None:
         """Ask the KSS; `then(signature)` when it is there."""
-        if self.replaying or len(self._awaited) >= MAX_SIGNS:
+        if self.replaying:
             return
+        reply = kind in (Kind.REPLY, Kind.READ)
+        awaited = self._awaited[reply]
+        if len(awaited) >= (MAX_REPLY_SIGNS if reply else MAX_OTHER_SIGNS):
+            del awaited[next(iter(awaited))]
         self._token += 1
-        self._awaited[self._token] = then
+        awaited[self._token] = then
         self._effects.append(Sign(c, kind, body, self._token))
 
     def signed(self, token: int, signature: bytes) -> None:
         """A signature arrived."""
-        then = self._awaited.pop(token, None)
-        if then is not None:
-            then(signature)
+        for awaited in self._awaited.values():
+            then = awaited.pop(token, None)
+            if then is not None:
+                then(signature)
 
     def forget_signs(self) -> None:
         """What is awaited belongs to an epoch that is over."""
-        self._awaited.clear()
+        for awaited in self._awaited.values():
+            awaited.clear()
 
     def report(self, topic: str, body: dict[str, Any]) -> None:
         """Tell the controller."""

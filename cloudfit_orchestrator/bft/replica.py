@@ -12,7 +12,7 @@ from typing import Any
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.catchup import CatchUp
 from cloudfit_orchestrator.bft.clientdesk import ClientDesk
-from cloudfit_orchestrator.bft.configuration import Configuration
+from cloudfit_orchestrator.bft.configuration import Configuration, Offered, bare
 from cloudfit_orchestrator.bft.effects import Certify, Effect, SaveSnapshot
 from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.journal import (
@@ -38,6 +38,7 @@ from cloudfit_orchestrator.bft.messages import (
     Discarded,
     EpochEndMessage,
     Forward,
+    LogProof,
     PeerMessage,
     Prepare,
     StateIndex,
@@ -446,6 +447,13 @@ class Replica:
                 c, Kind.CHECKPOINT, body, lambda signature: self._suspicion.state(c, Kind.CHECKPOINT, body, signature)
             )
 
+    def _sign_checkpoint_again(self) -> None:
+        """The wormhole may have refused it, for a time."""
+        newest = max((slot for slot in self._at.execution.digests if slot > self._at.stable_slot()), default=0)
+        said = self._suspicion.statements.get(Kind.CHECKPOINT)
+        if newest and (said is None or LAYOUT[Kind.CHECKPOINT].unpack(said.body)[0] < newest):
+            self._sign_checkpoint(newest)
+
     # ---------------------------------------------------------------------------------------------------------- from peers
     def receive(self, peer: str, body: bytes) -> None:
         """A frame from an authenticated peer."""
@@ -472,6 +480,8 @@ class Replica:
             case BatchMessage():
                 if configuration.offer_batch(message.batch) is not None:
                     self._out.journal(LogBatch(c, message.batch))
+            case LogProof():
+                configuration.offer_log(message.messages)
             case Forward():
                 self._desk.take(message.bundle)
             case StateIndex():
@@ -490,14 +500,16 @@ class Replica:
                 pass
 
     def _take_stream(self, peer: str, configuration: Configuration, message: StreamMessage) -> None:
-        if not configuration.offer(message):
+        offered = configuration.offer(message)
+        if offered is Offered.BAD:
             self._out.count("bad_ui")
             self._out.blame(replica_of(peer), "ui")
             return
-        if message.batch and configuration.offer_batch(message.batch, named_by=message.header) is not None:
+        named_by = message.header if offered is Offered.TAKEN else b""
+        if message.batch and configuration.offer_batch(message.batch, named_by) is not None:
             self._out.journal(LogBatch(message.c, message.batch))
-        if message.replica == self._at.me and self._at.voice is not None and not self._at.live:
-            self._out.journal(LogMessage(message))  # the own stream, lost and found again
+        if offered is Offered.TAKEN and message.replica == self._at.me and self._at.voice is not None:
+            self._out.journal(LogMessage(bare(message)))  # the own stream, lost and found again
         if message.cv <= configuration.streams[message.replica].cursor or configuration.wanted.views:
             configuration.offer_view(message)
 
@@ -564,6 +576,7 @@ class Replica:
         if at.voice is not None:
             own = configuration.streams[at.me]
             self._out.broadcast(at.others, Beacon(configuration.record.c, own.cursor, at.execution.slot))
+            self._sign_checkpoint_again()
             for statement in self._suspicion.statements.values():
                 self._out.broadcast(at.others, statement)
             for end in configuration.epoch_ends.values():

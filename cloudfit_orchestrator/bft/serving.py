@@ -14,6 +14,7 @@ from cloudfit_orchestrator.bft.messages import (
     Fetch,
     FetchBatches,
     FetchNewView,
+    LogProof,
     PeerMessage,
     Prepare,
     StateIndex,
@@ -81,17 +82,24 @@ def answer_view(configuration: Configuration, question: FetchNewView) -> Iterato
         view = configuration.new_views.get(question.g)
         if view is not None:
             yield view.message
+            for log in view.logs:
+                if sum(len(message.header) + len(message.payload) for message in log) <= MAX_ANSWER:
+                    yield LogProof(log)
         yield from configuration.commits.get(question.g, {}).values()
 
 
-def answer_state(execution: Execution, question: StateQuery | ChunkQuery, now_s: float) -> Iterator[PeerMessage]:
-    """The index or chunks of a kept snapshot, named by its root."""
+def answer_state(
+    execution: Execution, question: StateQuery | ChunkQuery, now_s: float, newest: bytes
+) -> Iterator[PeerMessage]:
+    """The index or chunks of a kept snapshot, named by its root; of the `newest` certified one if it is not kept."""
     found = execution.by_root(question.root, now_s)
+    if found is None and isinstance(question, StateQuery) and newest:
+        found = execution.by_root(newest, now_s)
     if found is None:
         return
     slot, snapshot = found
     if isinstance(question, StateQuery):
-        yield StateIndex(question.root, slot, b"".join(snapshot.chunk_hashes))
+        yield StateIndex(snapshot.root, slot, b"".join(snapshot.chunk_hashes))
         return
     for index in question.indices[:MAX_CHUNKS_ASKED]:
         if 0 <= index < BUCKETS:

@@ -21,6 +21,7 @@ MAX_KEY = 1 << 10  # bytes; longer names are data, not keys
 MAX_VALUE = 256 << 10  # bytes; a client's frame is at most 1 MiB and holds a bundle of requests
 MAX_SERVICE_CHUNK = 4 << 20  # bytes a service may fill one bucket with: keys can be chosen to fall into one bucket
 MAX_CHUNK = 7 << 20  # bytes, library keys included: a chunk must fit into one peer frame of 8 MiB
+LIBRARY_RESERVE = 256 << 10  # bytes of a bucket for the windows of 1,024 clients, should they all fall into it
 
 _LENGTH = struct.Struct(">I")
 _ENTRY_OVERHEAD = 2 * _LENGTH.size
@@ -173,6 +174,10 @@ class StateStore:
     def put(self, key: bytes, value: bytes) -> None:
         """Set `key`. Raises BadInputError, changing nothing, if the key, the value or its bucket would be too large."""
         self._put(key, value, MAX_CHUNK)
+
+    def put_reply(self, key: bytes, value: bytes) -> None:
+        """As `put`, but leaves room in the bucket for the library's small entries, which must never fail."""
+        self._put(key, value, MAX_CHUNK - LIBRARY_RESERVE)
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`; False if it was not there."""

@@ -15,6 +15,7 @@ from cloudfit_orchestrator.model.statement import Kind
 
 MAX_PREPARED = 8  # PREPARED records kept for one base; the newest is the only one that may become ACTIVE
 END_RETRY_S = 1.0
+CONFIRM_RETRY_S = 1.0  # the wormhole may not know the configuration yet, or be busy
 
 
 class Succession:
@@ -24,7 +25,7 @@ class Succession:
         self._at = situation
         self._out = outbox
         self.successors = Successors()
-        self._confirmed: set[tuple[int, int, bytes]] = set()
+        self._confirmed: set[tuple[int, int, bytes]] = set()  # (c', h, digest) that the KSS has signed
         self._early: list[bytes] = []  # PREPARED records whose base has not come yet
 
     def begin(self) -> list[bytes]:
@@ -102,12 +103,12 @@ class Succession:
 
     def _confirm(self, record: ConfigRecord, envelope: bytes, h: int, digest: bytes) -> None:
         name = (record.c, h, digest)
-        if name in self._confirmed or self._out.replaying:
+        if name in self._confirmed or not self._out.every(f"confirm {name}", CONFIRM_RETRY_S):
             return
-        self._confirmed.add(name)
         prepared = record_hash(envelope)
 
         def report(signature: bytes) -> None:
+            self._confirmed.add(name)
             fields = {"prepared": prepared, "digest": digest, "signature": signature}
             body = {key: base64.b64encode(value).decode() for key, value in fields.items()}
             self._out.report("confirm", {"c": record.c, "h": h, **body})

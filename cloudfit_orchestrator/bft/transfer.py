@@ -22,6 +22,7 @@ from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 
 RETRY_S = 2.0  # a source that has not answered by then is asked again, or another is; liveness only
 EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
+INDEX_RETRY_S = 0.5
 STALLED_S = 2.0
 PARALLEL = 16  # chunks asked of one peer at once; they may be large
 
@@ -78,6 +79,11 @@ class Transfer:
         self._exporter_asked_s: dict[str, float] = {}
 
     @property
+    def indexed(self) -> bool:
+        """The chunk hashes are known."""
+        return bool(self._hashes)
+
+    @property
     def done(self) -> bool:
         """All chunks are here."""
         return bool(self._hashes) and len(self.chunks) == BUCKETS
@@ -97,10 +103,10 @@ class Transfer:
         if not self._news_s:
             self._news_s = now_s
         if not self._hashes:
-            if now_s - self._index_asked_s >= RETRY_S:
+            if now_s - self._index_asked_s >= INDEX_RETRY_S:
                 self._index_asked_s = now_s
-                self._turn += 1
-                self._send(peers[self._turn % len(peers)], StateQuery(self.root))
+                for peer in peers:
+                    self._send(peer, StateQuery(self.root))
             return
         outstanding: set[int] = set()
         for source, (when, indices) in list(self._asked.items()):

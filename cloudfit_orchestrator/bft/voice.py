@@ -23,6 +23,7 @@ from cloudfit_orchestrator.bft.messages import (
     Prepare,
     Skip,
     Stable,
+    StreamMessage,
     ViewChange,
     Wedge,
     encode,
@@ -91,13 +92,14 @@ class Voice:
 
     def _emit(self, header: Header, payload: bytes = b"") -> None:
         cv = self.next_cv
-        outcome = judge(self._record, self.tail, self.me, cv, header, payload, self._configuration)
+        data = encode(header)
+        said = StreamMessage(self._record.c, self.me, cv, data, payload, b"")
+        outcome = judge(self._record, self.tail, self.me, cv, header, said, self._configuration)
         if not isinstance(outcome, StreamState):
             raise ProtocolError(f"{self.me} would say {header} after {self.tail}: {outcome}")
         entered = outcome.e > self.tail.e
         self.tail = outcome
         self.next_cv = cv + 1
-        data = encode(header)
         self.pending[cv] = (data, payload)
         self._say(cv, data, payload)
         if entered:
@@ -128,7 +130,7 @@ class Voice:
     # ---------------------------------------------------------------------------------------------------------- speaking
     def wedge(self) -> bool:
         """Close the own stream for the successor, if there is one. True if it was said now."""
-        if not self.successor or self.tail.wedged or not self.live:
+        if not self.successor or self.tail.wedged or not self.room:
             return False
         self._emit(Wedge(self._record.c, self.successor))
         return True
@@ -163,7 +165,7 @@ class Voice:
     def view_change(self) -> None:
         """Join the highest view that f+1 members ask for."""
         target, certificate = self._configuration.statements.view_wanted()
-        if self.live and not self.tail.wedged and target > max(self.tail.v, self.tail.e):
+        if self.room and not self.tail.wedged and target > max(self.tail.v, self.tail.e):
             self._emit(ViewChange(self._record.c, target, certificate, tuple(self.retires.values())))
 
     def new_view(self) -> None:
