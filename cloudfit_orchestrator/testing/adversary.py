@@ -8,6 +8,7 @@ tests and the demo; the launcher refuses its image unless the spec says `allow_a
 - `disk`: flips bytes in the chunks of its own stored snapshots.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -135,6 +136,8 @@ class Adversary(Runtime):
                 if files.is_sound(index, i):
                     pack.seek(place.offset)
                     pack.write(flipped(chunk))
+                    pack.flush()
+                    os.fsync(pack.fileno())  # so that a snapshot of the disk shows it
 
 
 async def adversary(where: machine.Machine) -> None:
