@@ -275,7 +275,9 @@ class House:
         """Whether a judge's rules allow `who` to say this next (a correct replica asks itself first)."""
         listener = judge_ or self.full_judge()
         stream = listener.streams[who]
-        outcome = judge(self.record, stream.state, who, stream.cursor + 1, header, payload, listener)
+        cv = stream.cursor + 1
+        message = StreamMessage(self.record.c, who, cv, encode(header), payload, b"")
+        outcome = judge(self.record, stream.state, who, cv, header, message, listener)
         return stream.ended is None and isinstance(outcome, StreamState)
 
     def decisions(self, *judges: Configuration) -> dict[int, set[bytes]]:

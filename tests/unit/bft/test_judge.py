@@ -19,12 +19,16 @@ from cloudfit_orchestrator.bft.messages import (
     CommitNewView,
     Entry,
     Header,
+    Named,
     NewView,
     Prepare,
+    Signed,
     Skip,
     Stable,
+    StreamMessage,
     ViewChange,
     Wedge,
+    encode,
 )
 from cloudfit_orchestrator.model.record import Algorithm
 from tests.unit.bft.house import House
@@ -76,9 +80,10 @@ def entry(s1: int, s2: int | None = None) -> Entry:
 
 
 def verdict(
-    header: Header, before: StreamState | None = None, *, who: str = "r1", house: House = HOUSE, **answers: object
+    header: Header, before: StreamState | None = None, *, who: str = "r1", payload: bytes = b"", **answers: object
 ) -> StreamState | Broken | Held:
-    return judge(house.record, before or state(), who, 7, header, b"", World(**answers))
+    message = StreamMessage(1, who, 7, encode(header), payload, b"")
+    return judge(HOUSE.record, before or state(), who, 7, header, message, World(**answers))
 
 
 def stable(**changes: object) -> Stable:
@@ -168,6 +173,31 @@ def test_what_ends_a_stream(name: str) -> None:
     outcome = verdict(header, state(**before), **answers)
     assert isinstance(outcome, Broken)
     assert outcome.rule.startswith(name.partition(":")[0]), outcome.rule
+
+
+@pytest.mark.parametrize("name", [n for n in STANDS if n != "NEW-VIEW"])
+def test_form_only_a_new_view_has_a_payload(name: str) -> None:
+    """A COMMIT that carries a PREPARE carries all of it; had it a payload, who has it would judge otherwise."""
+    header, before, who, _ = STANDS[name]
+    assert isinstance(verdict(header, state(**before), who=who, payload=b"x"), Broken)
+
+
+HUGE = bytes(1 << 20)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        Commit(1, 0, (Entry(4, 4, "r0", 1, HUGE, b""),)),
+        stable(vector=(Named("r0", 1, HUGE),)),
+        stable(certificate=(Signed("r0", HUGE),)),
+        ViewChange(1, 3, (), (HUGE,)),
+        Prepare(1, 0, 4, HUGE),
+    ],
+    ids=lambda header: type(header).__name__,
+)
+def test_form_no_message_is_larger_than_a_correct_one(header: Header) -> None:
+    assert isinstance(verdict(header), Broken)
 
 
 @pytest.mark.parametrize("name", HOLDS)
