@@ -1,0 +1,254 @@
+"""What one faulty member, or client, may try on correct replicas: it neither stops, nor fills, nor splits them."""
+
+import pytest
+
+from cloudfit_orchestrator.bft import recall
+from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
+from cloudfit_orchestrator.bft.clients import _window_key, execute
+from cloudfit_orchestrator.bft.journal import LogBatch, decode_entry
+from cloudfit_orchestrator.bft.messages import (
+    BundleBody,
+    Commit,
+    EpochEndMessage,
+    Fetch,
+    FetchBatches,
+    Merge,
+    Named,
+    NewView,
+    Prepare,
+    Request,
+    StatementMessage,
+    StreamMessage,
+    decode_header,
+    encode,
+)
+from cloudfit_orchestrator.bft.store import LIBRARY_RESERVE, MAX_CHUNK, StateStore, bucket_of
+from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.model.statement import Kind
+from cloudfit_orchestrator.model.ui import RECENT_UIS
+from cloudfit_orchestrator.services.counter import CounterService, add
+from tests.unit.bft.house import House, entry_of, replace_certificate
+from tests.unit.bft.machine import Machine
+
+FAULTY = "r2#3"
+
+
+# ----- judges must agree, whatever came first
+def both_orders(house: House, first: StreamMessage, second: StreamMessage) -> tuple[list, list]:
+    one, other = house.judge(), house.judge()
+    house.tell(one, [first])
+    house.tell(one, [second])
+    house.tell(other, [second])
+    house.tell(other, [first])
+    return one.slots.decisions(), other.slots.decisions()
+
+
+def test_an_entry_with_a_wrong_certificate_counts_for_nobody() -> None:
+    house = House()
+    p = house.prepare("r1", 0, 1)
+    c = house.say("r2", Commit(1, 0, (entry_of(p, certificate=bytes(64)),)))
+    assert both_orders(house, p, c) == ([], [])
+
+
+def test_a_vote_with_a_wrong_certificate_does_not_split_a_view_change() -> None:
+    """r1 hears the proposal first and r0 the vote: had r1 counted it, r0's NEW-VIEW would look false to r1."""
+    house = House(window=4)
+    p = house.prepare("r1", 0, 1)
+    c = house.say("r2", Commit(1, 0, (entry_of(p, certificate=bytes(64)),)))
+    r0, r1 = house.judge(), house.judge()
+    house.tell(r1, [p])
+    house.tell(r1, [c])
+    house.tell(r0, [c])
+    house.tell(r0, [p])
+    votes = [house.view_change(r, 3) for r in ("r0", "r2")]
+    for judge in (r0, r1):
+        house.tell(judge, votes)
+    merged = r0.try_merge(r0.view_votes(3))
+    assert merged is not None
+    names = tuple(Named(v.replica, v.cv, v.digest) for v in votes)
+    header = NewView(1, 3, merged.h, merged.s_max, merged.blacklist, merged.retired)
+    house.tell(r1, [house.say("r0", header, encode(Merge(names, merged.choices)))])
+    assert r1.liars == {}
+    assert 3 in r1.new_views
+
+
+def test_a_proposal_with_a_payload_is_none_for_everybody() -> None:
+    house = House()
+    p = house.say("r1", Prepare(1, 0, 1, house.batch()), b"x")
+    assert both_orders(house, p, house.commit("r2", p)) == ([], [])
+
+
+def test_a_commit_of_a_second_new_view_is_false_for_everybody() -> None:
+    """n=5, f=2: faulty leader r1 certifies two NEW-VIEW(1), faulty r2 commits to the one that does not stand."""
+    house = House(5, f=2, window=8, period=4)
+    first = house.new_view("r1", 1, [house.view_change(r, 1) for r in ("r0", "r3", "r4")])
+    house.commit_view("r0", first)
+    before = list(house.order)
+    second = house.say("r1", NewView(1, 1, 0, 8, ("r0", "r3"), ("r4",)), b"junk")
+    commit = house.commit_view("r2", second)
+    early, late = house.judge(), house.judge()
+    for judge, order in ((early, [commit, second]), (late, [second, commit])):
+        house.tell(judge, before)
+        for message in order:
+            house.tell(judge, [message])
+    for judge in (early, late):
+        assert judge.streams["r2"].ended == commit.cv
+
+
+# ----- frames that must stop nobody
+ODD_FRAMES = {
+    "EPOCH-END of wrong sizes": EpochEndMessage(1, "r1", 0, b"", b"", b""),
+    "EPOCH-END with a negative counter": EpochEndMessage(1, "r1", -1, bytes(32), bytes(64), b""),
+    "EPOCH-END with a large counter": EpochEndMessage(1, "r1", (1 << 64) - 1, bytes(32), bytes(64), bytes(64)),
+    "a known counter, no header": StreamMessage(1, "r1", 0, b"\xff", b"x", b""),
+    "a negative counter": StreamMessage(1, "r1", -5, b"\xff", b"x", b""),
+    "a stranger's stream": StreamMessage(1, "nobody", 1, b"", b"", b""),
+    "a FETCH of everything": Fetch(1, "r1", -(1 << 60), 1 << 60),
+    "a FETCH of nobody's": Fetch(1, "nobody", 1, 2),
+    "a statement of no kind": StatementMessage(1, "r1", 77, b"", b""),
+    "a CHECKPOINT beyond all": StatementMessage(1, "r1", Kind.CHECKPOINT, b"\xff" * 40, bytes(64)),
+    "a REQ beyond all": StatementMessage(1, "r1", Kind.REQ, b"\xff" * 8, bytes(64)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FRAMES)
+def test_an_odd_frame_stops_nobody_and_leaves_nothing(name: str) -> None:
+    machine = Machine(House(), "r0")
+    before = len(machine.log)
+    machine.hear(ODD_FRAMES[name], sender=FAULTY)
+    machine.ticks(0.3)
+    assert len(machine.log) == before
+    assert machine.core.status["live"]
+
+
+def test_signed_nonsense_ends_its_senders_stream_and_nothing_else() -> None:
+    house = House()
+    machine = Machine(house, "r0")
+    machine.hear(house.say("r2", b"\xc1 no header"), sender=FAULTY)
+    assert ("liar", {"replica": "r2", "kind": "form: header does not decode", "slot": 0}) in machine.reports
+    machine.hear(house.prepare("r1", 0, 1))
+    assert machine.core.status["slot"] == 1
+
+
+def test_frames_without_a_valid_ui_reach_neither_log_nor_memory() -> None:
+    machine = Machine(House(), "r0")
+    before = len(machine.log)
+    for i in range(20):
+        data = b"junk%d" % i
+        machine.hear(
+            StreamMessage(1, "r1", 0, batch_digest(data), b"", b"", data), sender=FAULTY, batches=False
+        )  # fmt: skip
+    assert len(machine.log) == before
+
+
+# ----- bounds
+def test_a_repeated_entry_waits_once_and_what_is_settled_waits_no_more() -> None:
+    house = House(window=4)
+    judge = house.judge()
+    far = house.say("r2", Prepare(1, 0, 2, house.batch()))
+    house.streams["r2"].clear()
+    house.order.clear()
+    ghost = StreamMessage(1, "r2", 1000, far.header, b"", b"")
+    ghost = replace_certificate(ghost, house.certify("r2", 1000, ghost.digest))
+    house.say("r2", Commit(1, 0, (entry_of(ghost),) * 4))
+    house.tell(judge)
+    assert [len(waiting) for waiting in judge._cited.values()] == [1]
+    judge.truncate(2)
+    assert not judge._cited
+
+
+def test_replies_that_fill_a_bucket_leave_room_for_every_clients_window() -> None:
+    store = StateStore()
+    client = b"v" * 32
+    where = bucket_of(_window_key(client))
+    number = 0
+    while store._sizes[where] + (256 << 10) < MAX_CHUNK - LIBRARY_RESERVE:
+        number += 1
+        key = StateStore.RESERVED + b"r" + b"x" * 32 + number.to_bytes(8, "big")
+        if bucket_of(key) == where:
+            store.put_reply(key, bytes(128 << 10))
+    (done,) = execute(store, CounterService(), (BundleBody("ledger", client, (Request(1, add(1)),)),), 16)
+    assert len(done.results) == 1
+
+
+def test_a_batch_that_a_peer_has_is_asked_for_among_many_that_nobody_gives() -> None:
+    house = House(period=64, window=512, algorithm=Algorithm.MINBFT)
+    machine = Machine(house, "r1")
+    for s in range(1, 300):
+        house.say("r0", Prepare(1, 0, s, bytes(2) + s.to_bytes(30, "big")))
+    good = house.prepare("r0", 0, 300)
+    machine.hear(*house.streams["r0"], batches=False)
+    machine.ticks(4)
+    asked = {digest for _, m in machine.sent if isinstance(m, FetchBatches) for digest in m.digests}
+    header = decode_header(good.header)
+    assert isinstance(header, Prepare)
+    assert header.batch in asked
+
+
+def test_no_more_bodies_wait_than_the_wormhole_remembers() -> None:
+    house = House(period=64, window=512)
+    machine = Machine(house, "r0")
+    machine.wormhole = False
+    voice = machine.core._at.voice
+    assert voice is not None
+    while voice.room:
+        slot = voice._next_own()
+        assert slot is not None
+        voice.propose(slot, house.batch())
+    for r in ("r1", "r2"):
+        machine.hear(house.statement(r, Kind.REQ, 5))
+    machine.core.record(house.successor())
+    assert len(voice.pending) == RECENT_UIS
+    machine.serve()
+    machine.wormhole = True
+    machine.serve()
+    assert voice.tail.wedged, "said when there is room"
+
+
+# ----- a faulty client
+def executed_once(house: House, machine: Machine) -> bytes:
+    bundle = house.bundle([(1, add(1))])
+    batch = make_batch([bundle])
+    digest = batch_digest(batch)
+    house.batches[digest] = batch
+    machine.hear(house.prepare("r1", 0, 1, digest))
+    assert machine.core.status["slot"] == 1
+    return bundle
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_client_that_repeats_itself_crowds_out_no_checkpoint(refused: bool) -> None:  # noqa: FBT001
+    house = House(period=2, window=8)
+    machine = Machine(house, "r0")
+    bundle = executed_once(house, machine)
+    machine.kss = False
+    for i in range(5000):
+        machine.core.tick(1 + i * 0.06)
+        machine.core.from_client(house.client_keys[0].public, bundle)
+        effects = machine.core.effects()
+        machine.waiting += [] if refused else effects
+    machine.now_s = 400.0
+    machine.kss = True
+    machine.hear(house.prepare("r2", 0, 2))
+    machine.ticks(1)
+    said = [m for _, m in machine.sent if isinstance(m, StatementMessage) and m.kind == Kind.CHECKPOINT]
+    assert said
+
+
+# ----- durability
+def test_a_rewritten_log_keeps_the_batch_of_a_proposal_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A COMMIT must not outlive its batch: the batch came with a PREPARE ahead of a gap, then the log was cut."""
+    monkeypatch.setattr(recall, "REWRITE_SLACK", -10_000)
+    house = House(period=4, window=8)
+    machine = Machine(house, "r0")
+    first, second = house.prepare("r1", 0, 1), house.prepare("r1", 0, 4)
+    machine.hear(second)
+    machine.ticks(1.5)
+    assert machine.rewrites
+    machine.hear(first)
+    voted = {e.cv for header in machine.said() if isinstance(header, Commit) for e in header.entries}
+    assert second.cv in voted
+    logged = {batch_digest(e.batch) for e in map(decode_entry, machine.log) if isinstance(e, LogBatch)}
+    header = decode_header(second.header)
+    assert isinstance(header, Prepare)
+    assert header.batch in logged
