@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.effects import (
     Answer,
     Append,
@@ -15,7 +16,7 @@ from cloudfit_orchestrator.bft.effects import (
     Send,
     Sign,
 )
-from cloudfit_orchestrator.bft.journal import LogBody, decode_entry
+from cloudfit_orchestrator.bft.journal import LogBatch, LogBody, decode_entry
 from cloudfit_orchestrator.bft.messages import Frozen, Header, StreamMessage, decode_header, decode_peer, encode
 from cloudfit_orchestrator.bft.replica import Replica
 from cloudfit_orchestrator.bft.store import Snapshot
@@ -87,6 +88,9 @@ class Machine:
         match effect:
             case Append():
                 self.log.append(effect.record)
+                entry = decode_entry(effect.record)
+                if isinstance(entry, LogBatch):
+                    self.house.batches[batch_digest(entry.batch)] = entry.batch
             case Rewrite():
                 self.log = list(effect.records)
                 self.rewrites += 1
