@@ -16,8 +16,10 @@ from cloudfit_orchestrator.bft.messages import (
     ViewChange,
     Wedge,
     decode_header,
+    encode,
 )
 from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import House
@@ -171,8 +173,6 @@ def test_a_body_and_its_batch_are_in_the_log_before_its_ui_is_asked_for() -> Non
 
 
 def _frame(machine: Machine, message: StreamMessage) -> bytes:
-    from cloudfit_orchestrator.bft.messages import encode
-
     return encode(machine._with_batch(message))
 
 
@@ -220,8 +220,6 @@ def test_pipelined_bodies_of_which_the_first_was_refused_are_asked_for_again_in_
     asked = [e for e in machine.waiting if isinstance(e, Certify)]
     machine.waiting = []
     for e in asked:  # a freeze in the middle: all are refused
-        from cloudfit_orchestrator.model.channel import ErrorCode
-
         machine.core.refused(e.c, ErrorCode.FROZEN)
     machine.wormhole = True
     machine.ticks(1)
