@@ -88,7 +88,7 @@ class BundleChecker:
         return body
 
     def valid(self, batch: bytes) -> Checked | None:
-        """valid(batch): format, size, client signatures, against c. None if it is not."""
+        """Whether the batch is valid (protocol §3): format, size, client signatures, against c. None if it is not."""
         limits = self._record.parameters
         if len(batch) > limits.max_batch_bytes:
             return None

@@ -1,4 +1,4 @@
-"""Getting what is known to exist and is not here: stream messages, batches, NEW-VIEWs, whole states (protocol §3, §4)."""
+"""Getting what is known to exist and is not here: messages, batches, NEW-VIEWs, whole states (protocol §3, §4)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -42,7 +42,7 @@ class CatchUp:
         self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
         self.transfer: Transfer | None = None
 
-    # ---------------------------------------------------------------------------------------------------------- messages
+    # ------------------------------------------------------------------------------------------------------ messages
     def fetch(self) -> None:
         """Ask for gaps, batches and views."""
         configuration, others = self._at.configuration, self._at.others
@@ -87,8 +87,8 @@ class CatchUp:
         return self._out.now_s - asked[2] >= PATIENCE_S
 
     def take_discarded(self, peer: str, configuration: Configuration, message: Discarded) -> None:
-        """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream has
-        stood still for a while, as a faulty peer might make us jump over what correct ones still have.
+        """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream
+        has stood still for a while, as a faulty peer might make us jump over what correct ones still have.
         """
         replica = message.stable.replica
         stream = configuration.streams.get(replica)
@@ -127,7 +127,7 @@ class CatchUp:
             self._out.send(peer, answer)
         return True
 
-    # ------------------------------------------------------------------------------------------------------------- states
+    # -------------------------------------------------------------------------------------------------------- states
     def advance(self, needs_state: int | None) -> None:
         """Start, continue or give up a state transfer. `needs_state`: a slot that reconfiguration must reach."""
         configuration = self._at.configuration

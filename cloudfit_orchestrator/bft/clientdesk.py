@@ -13,7 +13,8 @@ from cloudfit_orchestrator.bft.voice import Voice
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
-AGAIN_S = 0.05  # a client is answered from the table so often at most: each answer costs a signature
+AGAIN_S = 0.05  # repeated requests are gathered for so long: the answer to all of them costs one signature
+MAX_AGAIN = 256  # repeated requests of one client that are answered at once
 
 
 class ClientDesk:
@@ -22,6 +23,7 @@ class ClientDesk:
     def __init__(self, situation: Situation, outbox: Outbox) -> None:
         self._at = situation
         self._out = outbox
+        self._again: dict[bytes, dict[int, Result]] = {}  # client -> results to send again
 
     def take(self, data: bytes, client: bytes | None = None) -> None:
         """A bundle, from its `client` or (None) handed on by a peer. Executed requests are answered from the table."""
@@ -47,11 +49,21 @@ class ClientDesk:
                 known.append(Result(request.number, result))
             elif acceptable(store, body.client, request.number, limits.client_window):
                 fresh.append(request.number)
-        if known and client is not None and self._out.every(f"again {client.hex()}", AGAIN_S):
-            self.reply(self._at.execution.slot, [Executed(body.client, tuple(known))])
+        if known and client is not None:
+            again = self._again.setdefault(body.client, {})
+            again.update((result.number, result) for result in known[:MAX_AGAIN])
+            while len(again) > MAX_AGAIN:
+                del again[next(iter(again))]
         if fresh and not self._at.pool.add(data, body, self._out.now_s) and client is not None:
             self._out.count("overloaded")
             self._out.put(Answer(client, encode(Overloaded(tuple(fresh)))))
+
+    def answer_again(self) -> None:
+        """Answer what was executed before and is asked for again: one signature for all clients together."""
+        if self._again and self._out.every("again", AGAIN_S):
+            waiting = [Executed(client, tuple(results.values())) for client, results in self._again.items()]
+            self._again.clear()
+            self.reply(self._at.execution.slot, waiting)
 
     def reply(self, slot: int, executed: list[Executed]) -> None:
         """One signature for all replies of a slot."""

@@ -1,6 +1,6 @@
 """The client table and execution (protocol §3): a window of request numbers per client and the reply of each.
 
-It lives in the state store under the library's reserved keys, so the state's root covers it, a checkpoint carries it and
+It lives in the state store under the library's reserved keys: the state's root covers it, a checkpoint carries it, and
 a state transfer brings it along.
 """
 

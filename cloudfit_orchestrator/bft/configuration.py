@@ -113,7 +113,7 @@ class Configuration:
         self.jumps: list[StreamMessage] = []  # anchors that cursors jumped to, for the journal to take
         self._merge_wants: set[bytes] = set()
 
-    # ------------------------------------------------------------------------------------------------- messages come in
+    # ---------------------------------------------------------------------------------------------- messages come in
     def genuine(self, message: StreamMessage) -> bool:
         """The UI is that member's, for this content."""
         return self.certified(message.replica, message.cv, message.digest, message.certificate)
@@ -154,8 +154,8 @@ class Configuration:
         return digest
 
     def offer_view(self, message: StreamMessage) -> None:
-        """Answer to FETCH-NEW-VIEW: a NEW-VIEW that precedes what is held of its stream, or a COMMIT of one that stands:
-        then the NEW-VIEW does, too (R4).
+        """Answer to FETCH-NEW-VIEW: a NEW-VIEW that precedes what is held of its stream, or a COMMIT of one that
+        stands: then the NEW-VIEW does, too (R4).
         """
         stream = self.streams.get(message.replica)
         if stream is None or message.c != self.record.c or not self.genuine(message):
@@ -217,6 +217,7 @@ class Configuration:
             self.votes[stream.replica][header.g] = vote_of(
                 self.record, name, before, kept[:-1], message=kept[-1].message, retires=retires
             )
+            self._prune_votes(self.votes[stream.replica], header.g)
 
     def offer_end(self, end: EpochEnd) -> bool:
         """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
@@ -274,7 +275,7 @@ class Configuration:
         if isinstance(header, NewView):
             self._keep_view(message, header)
 
-    # -------------------------------------------------------------------------------------------------------- processing
+    # ---------------------------------------------------------------------------------------------------- processing
     def advance(self) -> list[Kept]:
         """Process all that can be, and return the messages that were accepted, in the order of processing."""
         self.wanted = Wanted()
@@ -408,7 +409,11 @@ class Configuration:
         votes = self.votes[stream.replica]
         log = list(stream.kept.values())
         votes[target] = vote_of(self.record, name, stream.state, log, message=kept.message, retires=retires)
-        for old in sorted(t for t in votes if t != WEDGE)[:-MAX_VOTES_KEPT]:
+        self._prune_votes(votes, target)
+
+    def _prune_votes(self, votes: dict[int, Vote], newest: int) -> None:
+        """Keep the newest few, and the one that was just read."""
+        for old in sorted(t for t in votes if t not in (WEDGE, newest))[: 1 - MAX_VOTES_KEPT]:
             del votes[old]
 
     def _retires(self, orders: Sequence[bytes]) -> tuple[str, ...]:
@@ -422,9 +427,9 @@ class Configuration:
                 found.add(order.replica)
         return tuple(sorted(found))
 
-    # --------------------------------------------------------------------------------------------------------- citations
+    # ----------------------------------------------------------------------------------------------------- citations
     def _citations(self, header: Commit) -> tuple[Citation, ...]:
-        """The entries of a COMMIT that are what they claim; the proposals that they carry are offered to their streams."""
+        """The entries of a COMMIT that are what they claim; proposals that they carry are offered to their streams."""
         found: dict[tuple[str, int], Citation] = {}
         for entry in header.entries:
             stream = self.streams.get(entry.proposer)
@@ -481,7 +486,7 @@ class Configuration:
             else:
                 self.wanted.streams[proposer] = max(cv, self.wanted.streams.get(proposer, 0))
 
-    # ------------------------------------------------------------------------------------------------- judge.Evidence
+    # ------------------------------------------------------------------------------------------------ judge.Evidence
     def stable_certificate(self, h: int, digest: bytes, certificate: Sequence[Signed]) -> bool:
         """See `judge.Evidence`."""
         return self.statements.valid_certificate(h, digest, certificate)
@@ -606,7 +611,7 @@ class Configuration:
             self.wanted.streams[replica] = max(cv, self.wanted.streams.get(replica, 0))
         return stands
 
-    # --------------------------------------------------------------------------------------------------- merge.Lookup
+    # -------------------------------------------------------------------------------------------------- merge.Lookup
     def batch_valid(self, digest: bytes) -> bool | None:
         """See `merge.Lookup`."""
         return self.batches.valid(digest)
@@ -616,7 +621,7 @@ class Configuration:
         found = self.new_views.get(g)
         return (found.header, found.choices) if found else None
 
-    # --------------------------------------------------------------------------------------------------------- view change
+    # --------------------------------------------------------------------------------------------------- view change
     def view_votes(self, target: int) -> list[Vote]:
         """The VIEW-CHANGEs for `target` that stand, one a member; for `WEDGE` also the closed streams that are read to
         their end: EPOCH-END and the whole log are a vote (protocol §6.5).
@@ -663,14 +668,14 @@ class Configuration:
         votes = self._named_votes(WEDGE, names)
         return votes if isinstance(votes, list) else None
 
-    # ------------------------------------------------------------------------------------------------------------ garbage
+    # ------------------------------------------------------------------------------------------------------- garbage
     def truncate(self, floor: int) -> None:
         """Forget what no log, view or slot above `floor` (own stable slot - L) needs (protocol §4)."""
         window = self._window
         for stream in self.streams.values():
             stream.truncate(self.attestations.attested(stream.replica), window)
-        # NEW-VIEW(e) is kept while e is current (until all but f streams have gone beyond it) and while a kept log holds
-        # or commits to it: who reads that log must be able to judge it.
+        # NEW-VIEW(e) is kept while e is current (until all but f streams have gone beyond it), and while a kept log
+        # holds or commits to it: who reads that log must be able to judge it.
         current = sorted(stream.state.e for stream in self.streams.values())[self.record.f]
         cited = {
             kept.header.g

@@ -103,13 +103,13 @@ class Statements:
 
     def valid_certificate(self, slot: int, digest: bytes, signatures: Sequence[Signed]) -> bool:
         """f+1 distinct members signed CHECKPOINT(c, slot, digest)."""
-        if len(signatures) > self._record.n or len({s.replica for s in signatures}) != len(signatures):
+        # Exactly f+1, all good: who takes the certificate over must not take anything else with it.
+        if len(signatures) != self._needed or len({s.replica for s in signatures}) != len(signatures):
             return False
         if len(digest) != DIGEST_BYTES:
             return False
         body = LAYOUT[Kind.CHECKPOINT].pack(slot, digest)
-        good = sum(self.verify(Kind.CHECKPOINT, s.replica, body, s.signature) for s in signatures)
-        return good >= self._needed
+        return all(self.verify(Kind.CHECKPOINT, s.replica, body, s.signature) for s in signatures)
 
     def valid_requests(self, g: int, certificate: Sequence[Req]) -> bool:
         """f+1 distinct members signed REQ with targets >= g."""
@@ -203,7 +203,7 @@ class Batches:
         return held.checked if held else None
 
     def valid(self, digest: bytes) -> bool | None:
-        """valid(batch), or None if it is not held."""
+        """The verdict on a batch, or None if it is not held."""
         held = self._held.get(digest)
         return None if held is None else held.checked is not None
 

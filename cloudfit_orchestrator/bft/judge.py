@@ -65,7 +65,7 @@ class Held:
 
 
 class Evidence(Protocol):
-    """What a judge may ask. Each answer is a function of streams and signed statements alone; None is "not known yet"."""
+    """What a judge may ask. Each answer is a function of streams and signed statements alone; None: not known yet."""
 
     def stable_certificate(self, h: int, digest: bytes, certificate: Sequence[Signed]) -> bool:
         """f+1 members signed CHECKPOINT(c, h, digest)."""
@@ -93,7 +93,7 @@ class Evidence(Protocol):
 
 
 def leader(record: ConfigRecord, g: int) -> str:
-    """leader(c, g) = members(c)[g mod n], always: never skips the blacklist, or one view would have two leaders."""
+    """Who leads view g, members(c)[g mod n], always: never skips the blacklist, or one view would have two leaders."""
     return record.members[g % record.n].replica
 
 

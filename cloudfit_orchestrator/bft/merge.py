@@ -61,7 +61,7 @@ class Merged:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What must be fetched before the merge can be told: batches by digest, NEW-VIEWs by view, streams up to counters."""
+    """What must be fetched before the merge can be told: batches by digest, NEW-VIEWs by view, streams to counters."""
 
     batches: tuple[bytes, ...] = ()
     views: tuple[int, ...] = ()
@@ -85,7 +85,7 @@ class Lookup(Protocol):
 
 
 def slots_of(header: Prepare | Skip, record: ConfigRecord, state: StreamState, proposer: str) -> Iterable[int]:
-    """The slots that a standing PREPARE or SKIP of `proposer` is for; `state`: its stream's, of the view of `header`."""
+    """The slots that a standing PREPARE or SKIP of `proposer` is for; `state`: its stream's, in the header's view."""
     if isinstance(header, Prepare):
         return (header.s,)
     turn = proposers(record, header.g, state.blacklist, state.retired)
@@ -142,9 +142,7 @@ def merge(record: ConfigRecord, votes: Sequence[Vote], lookup: Lookup) -> Merged
         for proposal in vote.proposals:
             work.add(proposal)
     s_max = max((s for s in work.candidates if work.chosen(s) is not None), default=h)
-    choices = []
-    for s in range(h + 1, s_max + 1):
-        choices.append(work.chosen(s) or Choice(s, 0, NOOP))
+    choices = [work.chosen(s) or Choice(s, 0, NOOP) for s in range(h + 1, s_max + 1)]
     top = max((vote.state for vote in votes), key=lambda state: state.e)
     blacklist = work.blacklist(top) if record.algorithm is Algorithm.EBAWA else ()
     retired = tuple(sorted(set(top.retired).union(*(vote.retires for vote in votes))))

@@ -1,8 +1,8 @@
 """Messages of the replication protocol and their encoding (msgpack arrays, tagged by a small integer).
 
 Stream messages (protocol §3) are a header, a payload and a UI over H(header ‖ H(payload)). The header is kept as the
-bytes received: those were signed. Only a NEW-VIEW has a payload; so a COMMIT that carries header and UI of a PREPARE or SKIP
-carries the whole message. A batch is named in the PREPARE by its digest and travels beside it.
+bytes received: those were signed. Only a NEW-VIEW has a payload; so a COMMIT that carries header and UI of a PREPARE or
+SKIP carries the whole message. A batch is named in the PREPARE by its digest and travels beside it.
 """
 
 from typing import Final
@@ -25,7 +25,7 @@ class Frozen(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages."""
 
 
-# ------------------------------------------------------------------------------------------- headers of stream messages
+# ---------------------------------------------------------------------------------------- headers of stream messages
 class Prepare(Frozen, frozen=True, tag=1):
     """PREPARE(c, g, s, D): the proposer of s proposes the batch with digest D."""
 
@@ -144,7 +144,7 @@ class CommitNewView(Frozen, frozen=True, tag=8):
 Header = Prepare | Skip | Commit | Stable | ViewChange | Wedge | NewView | CommitNewView
 
 
-# ------------------------------------------------------------------------------------------------------- wire messages
+# ----------------------------------------------------------------------------------------------------- wire messages
 class StreamMessage(Frozen, frozen=True, tag=20):
     """Message `cv` of `replica`'s stream in c. `batch` is outside the UI: it comes with a PREPARE where it is held."""
 
@@ -311,7 +311,7 @@ PeerMessage = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- client messages
+# --------------------------------------------------------------------------------------------------- client messages
 class Request(Frozen, frozen=True):
     """One operation of a client; `number` increases, and stays inside the client's window."""
 
@@ -363,7 +363,7 @@ class Overloaded(Frozen, frozen=True, tag=42):
 ClientMessage = Bundle | Replies | Overloaded
 
 
-# ------------------------------------------------------------------------------------------------------------- codecs
+# ------------------------------------------------------------------------------------------------------------ codecs
 _encode = msgspec.msgpack.Encoder().encode
 _headers: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
 _peers: msgspec.msgpack.Decoder[PeerMessage] = msgspec.msgpack.Decoder(PeerMessage)

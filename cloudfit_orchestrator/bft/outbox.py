@@ -91,7 +91,7 @@ class Outbox:
             self.count(f"lies_{replica}")
             self.report("liar", {"replica": replica, "kind": kind, "slot": slot})
 
-    # ------------------------------------------------------------------------------------------------------------- time
+    # ---------------------------------------------------------------------------------------------------------- time
     def every(self, name: str, seconds: float) -> bool:
         """True at most once in so many seconds."""
         if self.now_s < self._due.get(name, 0.0):

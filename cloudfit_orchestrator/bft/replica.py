@@ -122,7 +122,7 @@ class Replica:
         """Drain; the caller carries them out in order."""
         return self._out.drain()
 
-    # ----------------------------------------------------------------------------------------------------------- restore
+    # ------------------------------------------------------------------------------------------------------- restore
     def _restore(self, log: Iterable[bytes]) -> None:
         """Read the write-ahead log again through the same code; nothing is said meanwhile."""
         for data in log:
@@ -179,7 +179,7 @@ class Replica:
             configuration.slots.settle(entry.slot)
             self._check_installed(configuration.record)
 
-    # ----------------------------------------------------------------------------------------------- records and sessions
+    # ------------------------------------------------------------------------------------------ records and sessions
     def record(self, envelope: bytes) -> None:
         """RECORD push from the wormhole."""
         try:
@@ -289,7 +289,7 @@ class Replica:
         if newest is not None:
             self._sign_checkpoint(newest)
 
-    # ---------------------------------------------------------------------------------------------------------- own stream
+    # ---------------------------------------------------------------------------------------------------- own stream
     def _say(self, cv: int, header: bytes, payload: bytes) -> None:
         self._out.journal(LogBody(self._at.c, cv, header, payload))
         self._out.put(Certify(self._at.c, cv, message_digest(header, payload)))
@@ -356,7 +356,7 @@ class Replica:
             self._out.report("wedged", {"c": end.c, "base": end.c})
         self._pump()
 
-    # --------------------------------------------------------------------------------------------------------------- pump
+    # ---------------------------------------------------------------------------------------------------------- pump
     def _pump(self) -> None:
         """Process, execute, speak."""
         if self._at.configuration is None:
@@ -454,7 +454,7 @@ class Replica:
         if newest and (said is None or LAYOUT[Kind.CHECKPOINT].unpack(said.body)[0] < newest):
             self._sign_checkpoint(newest)
 
-    # ---------------------------------------------------------------------------------------------------------- from peers
+    # ---------------------------------------------------------------------------------------------------- from peers
     def receive(self, peer: str, body: bytes) -> None:
         """A frame from an authenticated peer."""
         try:
@@ -538,11 +538,11 @@ class Replica:
         self._succession.refresh_peers()
 
     def _take_end(self, configuration: Configuration, end: EpochEnd) -> None:
-        if end.c == configuration.record.c and end.replica not in configuration.epoch_ends:
-            if configuration.offer_end(end):
-                self._out.journal(LogEnd(end_message(end)))
+        known = end.c != configuration.record.c or end.replica in configuration.epoch_ends
+        if not known and configuration.offer_end(end):
+            self._out.journal(LogEnd(end_message(end)))
 
-    # ------------------------------------------------------------------------------------------- clients, wormhole, time
+    # --------------------------------------------------------------------------------------- clients, wormhole, time
     def from_client(self, client: bytes, body: bytes) -> None:
         """A frame from an authenticated client."""
         self._desk.take(body, client)
@@ -561,6 +561,7 @@ class Replica:
             self._pump()
             return
         self._retry(configuration)
+        self._desk.answer_again()
         self._catchup.advance(self._succession.successors.needs_state)
         self._pump()
         self._suspicion.tick(transferring=self._catchup.transfer is not None)
@@ -592,7 +593,7 @@ class Replica:
         behind = max(0, slots[record.f] - self._at.execution.slot) if len(slots) > record.f else 1 << 30
         return {"c": record.c, "h": record.h, "slot": self._at.execution.slot, "behind": behind}
 
-    # ------------------------------------------------------------------------------------------------------------ commands
+    # ------------------------------------------------------------------------------------------------------ commands
     def command(self, body: dict[str, Any]) -> None:
         """COMMAND push from the controller."""
         try:

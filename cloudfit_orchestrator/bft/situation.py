@@ -32,7 +32,7 @@ def replica_of(peer: str) -> str:
 
 
 class Situation:
-    """See the module. `configuration` is the present one, that of `envelope`; `voice` is None unless we are a member."""
+    """See the module. `configuration` is the present one, that of `envelope`; `voice` is None if we are no member."""
 
     def __init__(
         self,

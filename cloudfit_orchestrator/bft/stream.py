@@ -1,7 +1,7 @@
 """One member's stream in one configuration, as a receiver holds it (protocol §3 R0, §4).
 
-`cursor` is the last counter processed in FIFO order; everything up to it stands unless the stream ended. Messages behind
-the newest attested STABLE that may start a log are dropped; what is ahead of a gap waits in a bounded buffer.
+`cursor` is the last counter processed in FIFO order; everything up to it stands unless the stream ended. What precedes
+the newest attested STABLE that may start a log is dropped; what is ahead of a gap waits in a bounded buffer.
 """
 
 from dataclasses import dataclass

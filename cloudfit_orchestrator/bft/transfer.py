@@ -58,7 +58,7 @@ class Transfer:
         send: Callable[[str, Frozen], None],
         before: "Transfer | None" = None,
     ) -> None:
-        """`local`: a state whose equal chunks are taken over, like those of `before`, a transfer that this one replaces;
+        """`local`: a state whose equal chunks are taken over, like those of `before`, which this one replaces;
         `send(peer, message)` asks a source.
         """
         self.slot = slot

@@ -1,8 +1,8 @@
 """A member's own stream: what a correct replica says, and when (protocol §3-§6).
 
-A body is journalled before its UI is asked for, and sent when the UI is back; until then nothing counts it, not even its
-own sender. `tail` is the state after all bodies made, certified or not; each new body is judged against it first, so a
-correct replica cannot end its own stream.
+A body is journalled before its UI is asked for, and sent when the UI is back; until then nothing counts it, not even
+its own sender. `tail` is the state after all bodies made, certified or not; each new body is judged against it first:
+a correct replica cannot end its own stream.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ class Voice:
         self._voted: set[int] = set()  # slots voted for (or proposed) in view tail.e
         self._own: list[int] = []  # own batches' slots that may be undecided
 
-    # ----------------------------------------------------------------------------------------------------------- session
+    # ------------------------------------------------------------------------------------------------------- session
     def go_live(self, next_cv: int) -> None:
         """The own stream is read to next_cv-1 and no body waits: speak on from there."""
         stream = self._configuration.streams[self.me]
@@ -109,7 +109,7 @@ class Voice:
         """The UI of body `cv` is there: the body, to be sent."""
         return self.pending.pop(cv, None)
 
-    # ------------------------------------------------------------------------------------------------- what others say
+    # ----------------------------------------------------------------------------------------------- what others say
     def heard(self, kept: Kept) -> None:
         """A message of another's stream was accepted."""
         header = kept.header
@@ -127,7 +127,7 @@ class Voice:
             for kept in stream.kept.values():
                 self.heard(kept)
 
-    # ---------------------------------------------------------------------------------------------------------- speaking
+    # ------------------------------------------------------------------------------------------------------ speaking
     def wedge(self) -> bool:
         """Close the own stream for the successor, if there is one. True if it was said now."""
         if not self.successor or self.tail.wedged or not self.room:

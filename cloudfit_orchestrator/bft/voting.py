@@ -1,4 +1,4 @@
-"""The client's side (protocol §3): f+1 equal replies under one c are an answer; who answered otherwise lied or was late."""
+"""The client's side (protocol §3): f+1 equal replies under one c are an answer; who answered otherwise lied."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""Values that all rooms speak in: ids, records, UIs, manifests, errors. No I/O; standard library and cryptography only."""
+"""Values that all rooms speak in: ids, records, UIs, manifests, errors. No I/O; stdlib and cryptography only."""

@@ -1,5 +1,5 @@
 """Typed statements that the KSS signs for a guest (protocol §2): the guest gives a kind and a fixed-size body, the
-wormhole itself prefixes tag, group, replica and configuration, so a guest signs neither another's words nor another type.
+wormhole itself prefixes tag, group, replica and configuration: a guest signs neither another's words nor another type.
 """
 
 import struct
