@@ -303,7 +303,8 @@ class Demo:
 
 def print_summary(figures: dict[str, Any], table: Callable[[Sequence[str], Sequence[Sequence[object]]], None]) -> None:
     """The summary table, from the figures of a run."""
-    rows: list[list[object]] = [[f"{name} (s)", took] for name, took in figures["stages_s"].items()]
+    times = ", ".join(f"{name} {took}" for name, took in figures["stages_s"].items())
+    rows: list[list[object]] = [["time", f"{figures['total_s']} s: {times}"]]
     for act in ("traffic", "under_attack", "cloud_lost"):
         if act in figures:
             t = figures[act]
@@ -314,32 +315,31 @@ def print_summary(figures: dict[str, Any], table: Callable[[Sequence[str], Seque
     for act in ("recovery", "replacement"):
         if act in figures:
             rows += _recovery_rows(act, figures[act])
-    rows += [[promise, "yes" if kept else "NO"] for promise, kept in figures.get("promises", {}).items()]
+    promises = figures.get("promises", {})
+    rows.append(["promises kept", f"{sum(promises.values())} of {len(promises)}"])
+    rows += [["BROKEN", promise] for promise, kept in promises.items() if not kept]
     if "error" in figures:
         rows.append(["stopped by", figures["error"]])
     rows.append(["left behind", ", ".join(figures.get("left_behind", [])) or "nothing"])
-    rows.append(["total (s)", figures["total_s"]])
     table(["figure", "value"], rows)
     corrupt = figures.get("recovery", {}).get("transfer", {}).get("corrupt", [])
     if corrupt:
         found = [
             [item["chunk"], item["source"], "does not match the certified root; fetched from peers"] for item in corrupt
         ]
-        table(["chunk", "read from", "finding"], found[:MAX_CHUNKS_SHOWN])
-        if len(found) > MAX_CHUNKS_SHOWN:
-            table(["and more"], [[f"{len(found) - MAX_CHUNKS_SHOWN} chunks"]])
+        more = [["…", "", f"and {len(found) - MAX_CHUNKS_SHOWN} more"]] if len(found) > MAX_CHUNKS_SHOWN else []
+        table(["chunk", "read from", "finding"], [*found[:MAX_CHUNKS_SHOWN], *more])
 
 
 def _recovery_rows(act: str, figures: dict[str, Any]) -> list[list[object]]:
-    transfer = figures["transfer"]
-    sources = ", ".join(
-        f"{transfer['fetched'][source]} chunks, {size} bytes from {source}"
+    transfer, corrupt = figures["transfer"], figures["transfer"].get("corrupt", [])
+    sources: list[list[object]] = [
+        [f"{act}: state", f"{transfer['fetched'][source]} chunks, {size} bytes from {source}"]
         for source, size in transfer.get("from", {}).items()
-    )
-    out = [f"{name} {figures[key]} s" for name, key in (("replica", "replica_outage_s"), ("group", "group_outage_s"))]
-    return [
-        [f"{act}: state", sources or "built from the members' streams"],
-        [f"{act}: corrupt chunks", len(transfer.get("corrupt", []))],
-        [f"{act}: out", ", ".join(o for o in out if "None" not in o)],
-        [f"{act} (s)", figures["total_s"]],
     ]
+    if not sources:
+        sources = [[f"{act}: state", "built from the members' streams"]]
+    if corrupt:
+        sources.append([f"{act}: corrupt", f"{len(corrupt)} chunks of the old disk, fetched from members instead"])
+    out = [f"{name} {figures[key]} s" for name, key in (("replica", "replica_outage_s"), ("group", "group_outage_s"))]
+    return [*sources, [f"{act}: time", f"{figures['total_s']} s; out: {', '.join(o for o in out if 'None' not in o)}"]]

@@ -183,7 +183,7 @@ async def _virtio(tmp_path, monkeypatch):
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", counted)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # the time in which it must not try often
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert 1 <= tries <= 8  # backs off, does not spin

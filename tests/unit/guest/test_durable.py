@@ -104,7 +104,7 @@ async def _full(tmp_path, monkeypatch):
     await until(lambda: "full" in disk.events)
     disk.durable.write(Append(b"y" * 60))
     assert disk.durable.stalled
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # the time in which nothing may happen
     assert disk.events == ["full"]  # said once, and no vote
     full = False
     await until(lambda: "vote" in disk.events)
@@ -128,7 +128,7 @@ async def _failed(tmp_path, monkeypatch):
     disk.fail = None
     disk.durable.write(Append(b"y"))
     disk.after("another")
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # the time in which nothing may happen
     assert disk.events == ["failed"]
     assert disk.durable.stalled
     await disk.durable.close()
