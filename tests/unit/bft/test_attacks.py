@@ -1,6 +1,12 @@
 """What one faulty member, or client, may try on correct replicas: it neither stops, nor fills, nor splits them."""
 
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
+
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
@@ -12,11 +18,15 @@ from cloudfit_orchestrator.bft.messages import (
     EpochEndMessage,
     Fetch,
     FetchBatches,
+    Header,
     Merge,
     Named,
     NewView,
+    PeerMessage,
     Prepare,
     Request,
+    Signed,
+    Stable,
     StatementMessage,
     StreamMessage,
     decode_header,
@@ -252,3 +262,70 @@ def test_a_rewritten_log_keeps_the_batch_of_a_proposal_that_waits(monkeypatch: p
     header = decode_header(second.header)
     assert isinstance(header, Prepare)
     assert header.batch in logged
+
+
+# ----- anything that decodes
+numbers = st.integers(-2, 6) | st.sampled_from([(1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 63)])
+texts = st.sampled_from(["r0", "r1", "r2", "", "stranger"])
+octets = st.sampled_from([b"", b"x", bytes(32), bytes(64)]) | st.binary(max_size=40)
+
+
+def anything(kind: object) -> st.SearchStrategy[object]:
+    """Messages of that type, of fields that come near to what is real."""
+    if kind in (int, str, bytes, bool):
+        return {int: numbers, str: texts, bytes: octets, bool: st.booleans()}[kind]
+    origin = get_origin(kind)
+    if origin is tuple:
+        inner = get_args(kind)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return st.lists(anything(inner[0]), max_size=3).map(tuple)
+        return st.tuples(*(anything(x) for x in inner))
+    if origin is UnionType:
+        return st.one_of(*(anything(x) for x in get_args(kind)))
+    assert isinstance(kind, type)
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{name: anything(hint) for name, hint in hints.items() if not name.startswith("__")})
+
+
+HOUSE = House(3, window=4, period=2)
+HEADERS = anything(Header)
+FRAMES = anything(PeerMessage)
+
+
+@settings(max_examples=300, deadline=None)
+@given(frames=st.lists(FRAMES, min_size=1, max_size=4), said=st.lists(st.tuples(HEADERS, octets), max_size=3))
+def test_nothing_that_a_faulty_member_sends_or_signs_stops_a_replica(frames, said) -> None:
+    HOUSE.streams = {r: [] for r in HOUSE.names}
+    HOUSE.order = []
+    machine = Machine(HOUSE, "r0")
+    for header, payload in said:
+        machine.hear(HOUSE.say("r2", header, payload), sender=FAULTY)
+    for frame in frames:
+        machine.hear(frame, sender=FAULTY, batches=False)
+        if isinstance(frame, StreamMessage):
+            machine.hear(msgspec.structs.replace(frame, c=1, replica="r2"), sender=FAULTY, batches=False)
+        if hasattr(frame, "c"):
+            machine.hear(msgspec.structs.replace(frame, c=1), sender=FAULTY, batches=False)
+    machine.ticks(0.5)
+    assert machine.core.status["live"]
+    machine.hear(HOUSE.prepare("r1", 0, 1))
+    assert machine.core.status["slot"] == 1
+
+
+def test_a_certificate_with_one_bad_signature_is_taken_over_by_nobody() -> None:
+    """It would swell the STABLEs of those who pass it on beyond what any correct one may be."""
+    house = House(period=1, window=4)
+    machine = Machine(house, "r0")
+    p = house.prepare("r1", 0, 1)
+    commit = house.commit("r2", p)
+    machine.kss = False
+    machine.hear(p, commit)
+    root = machine.core._at.execution.digests[1]
+    padded = (*house.checkpoint(1, root, "r1", "r2"), Signed("r0", bytes(8000)))
+    machine.hear(house.stable("r2", 1, digest=root, certificate=padded, vector=()), sender=FAULTY)
+    machine.kss = True
+    machine.serve()
+    assert machine.core._at.configuration.streams["r2"].ended == 2
+    machine.hear(house.statement("r1", Kind.CHECKPOINT, 1, root))
+    (stable,) = [h for h in machine.said() if isinstance(h, Stable)]
+    assert len(stable.certificate) == 2
