@@ -151,10 +151,15 @@ class Networks:
             try:
                 if not found.isActive():
                     found.create()
-            except libvirt.libvirtError:
+            except libvirt.libvirtError as error:
                 if not found.isActive():  # another thread or process may have started it in between
                     if ours is None:
                         found.undefine()
+                    if "already in use" in str(error):  # libvirt has no code of its own for it
+                        raise RefusedError(
+                            f"{network.gateway}/{network.prefix} of network {full} is in use on {self._connection.uri}",
+                            next_command="cloudfit group destroy, then name a free one: libvirt: {network: 10.9.0.0/24}",
+                        ) from error
                     raise
 
     def delete(self, deployment: str, name: str) -> None:
