@@ -14,6 +14,7 @@ from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 AGAIN_S = 0.05  # repeated requests are gathered for so long: the answer to all of them costs one signature
+MAX_ANSWER_BYTES = 1 << 20  # results in one frame to a client; more become leaves and frames of their own
 MAX_AGAIN = 256  # repeated requests of one client that are answered at once
 
 
@@ -70,6 +71,7 @@ class ClientDesk:
         if self._at.voice is None or self._out.replaying:
             return
         c, me = self._at.c, self._at.me
+        executed = [part for item in executed for part in _frames(item)]
         root, paths = reply_tree(executed)
 
         def send(signature: bytes) -> None:
@@ -129,3 +131,16 @@ class ClientDesk:
             except BadError:
                 self._at.pool.remove(waiting.data)
         self._at.pool.release()
+
+
+def _frames(item: Executed) -> list[Executed]:
+    """One client's results, in parts that fit into a frame each."""
+    parts: list[list[Result]] = [[]]
+    size = 0
+    for result in item.results:
+        size += len(result.result)
+        if size > MAX_ANSWER_BYTES and parts[-1]:
+            parts.append([])
+            size = len(result.result)
+        parts[-1].append(result)
+    return [Executed(item.client, tuple(part)) for part in parts]

@@ -1,81 +1,97 @@
-"""The client's side (protocol §3): f+1 equal replies under one c are an answer; who answered otherwise lied."""
+"""Which answer is believed: f+1 equal ones of distinct members under one configuration (protocol §2, §3). Sans-IO.
 
-from collections import Counter
-from dataclasses import dataclass, field
+A reply counts only if it proves itself: the replica's KSS signature covers the slot's Merkle root, to which the
+client's own results lead. So a wrong result with a good signature is the signer's lie, and can be shown to others.
+"""
+
+from collections import Counter, OrderedDict
 
 from cloudfit_orchestrator.bft.clients import reply_root
 from cloudfit_orchestrator.bft.messages import Replies, reply_leaf
 from cloudfit_orchestrator.model.record import ConfigRecord
-from cloudfit_orchestrator.model.signing import Verifier
+from cloudfit_orchestrator.model.signing import Verifier, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
-
-@dataclass(slots=True)
-class _Poll:
-    votes: dict[tuple[int, bytes], set[str]] = field(default_factory=dict)  # (c, result) -> replicas
+MAX_ANSWERED = 8192  # answers remembered, by digest, to convict those who come later
+MAX_PATH = 64  # Merkle siblings; a slot has far fewer than 2**64 clients
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A request's result, with the replicas that signed another one under the same configuration."""
-
-    number: int
-    result: bytes
-    against: tuple[str, ...]
-
-
-class Ballot:
-    """Collects the replies to one client's requests. `records`: ACTIVE configurations the client has verified, by c."""
-
-    MAX_ANSWERED = 8192  # results remembered to catch late liars
+class Votes:
+    """Counts replies to one client's requests."""
 
     def __init__(self, client: bytes, verifier: Verifier) -> None:
-        """`client`: its raw key."""
+        """`client`: raw key. Nothing counts before a configuration is learnt."""
         self._client = client
+        self._records: dict[int, ConfigRecord] = {}
         self._verifier = verifier
-        self.records: dict[int, ConfigRecord] = {}
-        self._polls: dict[int, _Poll] = {}
-        self._answered: dict[int, tuple[int, bytes]] = {}  # number -> (c, result)
+        self._open: dict[int, dict[int, dict[str, bytes]]] = {}  # number -> c -> replica -> result
+        self._answered: OrderedDict[int, tuple[int, bytes]] = OrderedDict()  # number -> (c, digest of the result)
+        self.newest_c = 0
+        self.unknown_c: int | None = None  # a later configuration that a reply spoke of
         self.lies: Counter[str] = Counter()
-        self.unsigned: Counter[str] = Counter()
+        self.unsigned: Counter[str] = Counter()  # replies that prove nothing, by the connection they came on
 
-    def open(self, number: int) -> None:
-        """A request was sent."""
-        self._polls[number] = _Poll()
+    def learn(self, record: ConfigRecord) -> None:
+        """Replies under this configuration count as well; the two newest are known."""
+        self._records[record.c] = record
+        self.newest_c = max(self._records)
+        for c in sorted(self._records)[:-2]:
+            del self._records[c]
 
-    def add(self, replica: str, message: Replies) -> list[Answered]:
-        """Count a reply that arrived from `replica`. Returns the requests that it decides."""
-        record = self.records.get(message.c)
-        member = record.member(replica) if record is not None else None
-        if record is None or member is None or message.replica != replica or len(message.path) > 16:
-            self.unsigned[replica] += 1
-            return []
-        root = reply_root(reply_leaf(self._client, message.results), message.path)
-        body = LAYOUT[Kind.REPLY].pack(message.slot, root)
-        statement = statement_bytes(Kind.REPLY, record.group, replica, record.c, body)
-        if not self._verifier.verify(member.kss_key, statement, message.signature):
-            self.unsigned[replica] += 1
-            return []
-        return [a for r in message.results if (a := self._vote(record, replica, r.number, r.result)) is not None]
+    def expect(self, number: int) -> None:
+        """A request was made."""
+        self._open[number] = {}
 
-    def _vote(self, record: ConfigRecord, replica: str, number: int, result: bytes) -> Answered | None:
-        done = self._answered.get(number)
-        if done is not None:
-            if done[1] != result:
+    def give_up(self, number: int) -> None:
+        """Nobody waits for it any more."""
+        self._open.pop(number, None)
+
+    def take(self, came_from: str, replies: Replies) -> dict[int, bytes]:
+        """Count one message; returns the requests that are answered by it, with their results."""
+        record = self._records.get(replies.c)
+        if record is None:
+            if replies.c > self.newest_c:
+                self.unknown_c = replies.c  # unproved: only a reason to look
+            return {}
+        if not self._proved(record, replies):
+            self.unsigned[came_from] += 1
+            return {}
+        answers = {}
+        for result in replies.results:
+            answer = self._count(record, replies.replica, result.number, result.result)
+            if answer is not None:
+                answers[result.number] = answer
+        return answers
+
+    def _proved(self, record: ConfigRecord, replies: Replies) -> bool:
+        member = record.member(replies.replica)
+        if member is None or len(replies.path) > MAX_PATH or not 0 <= replies.slot < 1 << 64:
+            return False
+        root = reply_root(reply_leaf(self._client, replies.results), replies.path)
+        body = LAYOUT[Kind.REPLY].pack(replies.slot, root)
+        message = statement_bytes(Kind.REPLY, record.group, replies.replica, record.c, body)
+        return self._verifier.verify(member.kss_key, message, replies.signature)
+
+    def _count(self, record: ConfigRecord, replica: str, number: int, result: bytes) -> bytes | None:
+        answered = self._answered.get(number)
+        if answered is not None:
+            if answered[0] == record.c and answered[1] != sha256(result):
                 self.lies[replica] += 1
             return None
-        poll = self._polls.get(number)
-        if poll is None:
+        votes = self._open.get(number)
+        if votes is None:
             return None
-        voters = poll.votes.setdefault((record.c, result), set())
-        voters.add(replica)
-        if len(voters) <= record.f:
+        given = votes.setdefault(record.c, {})
+        if replica in given:
             return None
-        del self._polls[number]
-        against = {r for (_, other), who in poll.votes.items() if other != result for r in who}
-        for liar in against:
+        given[replica] = result
+        equal = [r for r, other in given.items() if other == result]
+        if len(equal) <= record.f:
+            return None
+        for liar in given.keys() - set(equal):
             self.lies[liar] += 1
-        self._answered[number] = (record.c, result)
-        if len(self._answered) > self.MAX_ANSWERED:
-            del self._answered[next(iter(self._answered))]
-        return Answered(number, result, tuple(sorted(against)))
+        del self._open[number]
+        self._answered[number] = record.c, sha256(result)
+        if len(self._answered) > MAX_ANSWERED:
+            self._answered.popitem(last=False)
+        return result

@@ -25,8 +25,8 @@ from cloudfit_orchestrator.bft.messages import (
     decode_client,
     encode,
 )
+from cloudfit_orchestrator.bft.voting import Votes
 from cloudfit_orchestrator.gateway.numbers import MemoryNumbers, Numbers
-from cloudfit_orchestrator.gateway.votes import Votes
 from cloudfit_orchestrator.guest.dialler import Dialler
 from cloudfit_orchestrator.guest.links import SendQueue
 from cloudfit_orchestrator.guest.tls import Credentials
@@ -120,7 +120,8 @@ class Client:
         self._numbers: Numbers = numbers or MemoryNumbers()
         self._near = near or self._record.members[0].replica
         self._newer = newer
-        self._votes = Votes(self._public, self._record)
+        self._votes = Votes(self._public, Ed25519Verifier())
+        self._votes.learn(self._record)
         self._diallers: dict[str, Dialler] = {}
         self._outbox: deque[_Waiting] = deque()
         self._answers: dict[int, asyncio.Future[bytes]] = {}

@@ -2,14 +2,16 @@
 
 import asyncio
 import random
+import socket
 from collections import Counter
 from collections.abc import Callable
 
-from cloudfit_orchestrator.guest.links import Link, SendQueue
+from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
 from cloudfit_orchestrator.model.errors import BadError
 
 HANDSHAKE_TIMEOUT_S = 10.0  # under TCG a handshake takes tens of milliseconds
+CONNECT_TIMEOUT_S = 2.0  # the kernel would wait longer between its own tries than a machine needs to boot
 FIRST_WAIT_S = 0.05
 LAST_WAIT_S = 2.0
 MAX_PORT = 65535
@@ -67,10 +69,14 @@ class Dialler:
         while True:
             try:
                 context = self._credentials.client_context(self.peer.channel_ca)
-                async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                    _, link = await loop.create_connection(
-                        self._make, host.strip("[]"), int(port), ssl=context, server_hostname=""
-                    )
+                connection = await _connect(host.strip("[]"), int(port))
+                _, link = await loop.create_connection(
+                    self._make,
+                    sock=connection,
+                    ssl=context,
+                    server_hostname="",
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                )
             except (OSError, TimeoutError, BadError) as error:
                 self._counters[f"dial failed: {type(error).__name__}"] += 1
             else:
@@ -92,3 +98,19 @@ class Dialler:
             queue=self._queue,
             counters=self._counters,
         )
+
+
+async def _connect(host: str, port: int) -> socket.socket:
+    """A TCP connection. Raises OSError or TimeoutError."""
+    loop = asyncio.get_running_loop()
+    family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+    connection = socket.socket(family, kind, protocol)
+    try:
+        connection.settimeout(0)
+        notice_dead_peers(connection)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await loop.sock_connect(connection, address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

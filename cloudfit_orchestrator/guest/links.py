@@ -1,6 +1,7 @@
 """One TLS connection of frames `length u32 ‖ body`, with a bounded queue: what does not fit displaces the oldest."""
 
 import asyncio
+import socket
 import struct
 from collections import Counter, deque
 from collections.abc import Callable
@@ -8,8 +9,19 @@ from typing import Any, cast
 
 from cloudfit_orchestrator.model.errors import BadError
 
+DEAD_AFTER_S = 3  # without a word from the other kernel; a machine that lost power says nothing when it is back
 _LENGTH = struct.Struct(">I")
 _WRITE_BYTES = 256 << 10  # handed to TLS at once: joins many small frames, and bounds what a lost connection loses
+
+
+def notice_dead_peers(connection: socket.socket) -> None:
+    """Set a connection up so that it ends soon after its peer is gone, sending or idle."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_AFTER_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * DEAD_AFTER_S)
 
 
 class FrameBuffer:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
 from cloudfit_orchestrator.guest.dialler import HANDSHAKE_TIMEOUT_S, Dialler
-from cloudfit_orchestrator.guest.links import Link, SendQueue
+from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
 from cloudfit_orchestrator.model.record import Client
 
@@ -114,7 +114,7 @@ class Transport:
             if len(self._handshakes) >= MAX_HANDSHAKES:  # the oldest is the likeliest to be a stranger's
                 self.counters["refused: too many handshakes"] += 1
                 next(iter(self._handshakes)).cancel()
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            notice_dead_peers(connection)
             task = loop.create_task(self._greet(connection))
             self._handshakes[task] = connection
             task.add_done_callback(self._greeted)

@@ -19,7 +19,7 @@ from cloudfit_orchestrator.bft.messages import (
     encode,
 )
 from cloudfit_orchestrator.bft.store import StateStore
-from cloudfit_orchestrator.bft.voting import Ballot
+from cloudfit_orchestrator.bft.voting import Votes
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.signing import Verifier
@@ -148,7 +148,7 @@ class SimClient:
         self._pause_s = pause_s
         self._number = 0
         self._open: Open | None = None
-        self._ballot = Ballot(key.public, verifier)
+        self._votes = Votes(key.public, verifier)
         self._last: dict[bytes, bytes | None] = {}  # what this client saw last: good guesses for CAS
 
     @property
@@ -189,7 +189,7 @@ class SimClient:
         opened: dict[int, tuple[int, Call]] = {}
         for call in calls:
             self._number += 1
-            self._ballot.open(self._number)
+            self._votes.expect(self._number)
             opened[self._number] = (self._history.invoke(self.name, call), call)
             name = self.key.public[:4] + self._number.to_bytes(4, "big")
             requests.append(Request(self._number, name + to_operation(call)))
@@ -217,11 +217,10 @@ class SimClient:
             return
         if not isinstance(message, Replies) or self._open is None:
             return
-        newest = self._reach.newest()
-        self._ballot.records[newest.c] = newest
-        for answer in self._ballot.add(replica, message):
-            if answer.number in self._open.calls:
-                self._answered(answer.number, answer.result)
+        self._votes.learn(self._reach.newest())
+        for number, result in self._votes.take(replica, message).items():
+            if number in self._open.calls:
+                self._answered(number, result)
         if not self._open.calls:
             self._open = None
             self._plan()

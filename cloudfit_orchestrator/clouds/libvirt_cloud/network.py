@@ -157,8 +157,8 @@ class Networks:
                         found.undefine()
                     if "already in use" in str(error):  # libvirt has no code of its own for it
                         raise RefusedError(
-                            f"{network.gateway}/{network.prefix} of network {full} is in use on {self._connection.uri}",
-                            next_command="cloudfit group destroy, then name a free one: libvirt: {network: 10.9.0.0/24}",
+                            f"network {full}: {network.gateway}/{network.prefix} is in use on {self._connection.uri}",
+                            next_command="cloudfit group destroy, then in the spec, libvirt: {network: 10.9.0.0/24}",
                         ) from error
                     raise
 

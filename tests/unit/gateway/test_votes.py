@@ -8,11 +8,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.bft.clients import Executed, reply_tree
 from cloudfit_orchestrator.bft.messages import Replies, Result
+from cloudfit_orchestrator.bft.voting import MAX_PATH, Votes
 from cloudfit_orchestrator.gateway.numbers import BLOCK, FileNumbers
-from cloudfit_orchestrator.gateway.votes import MAX_PATH, Votes
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import NO_DIGEST, Algorithm, ConfigRecord, Member, Parameters
-from cloudfit_orchestrator.model.signing import public_bytes
+from cloudfit_orchestrator.model.signing import Ed25519Verifier, public_bytes
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
 ME = b"m" * 32
@@ -36,7 +36,8 @@ def reply(replica: str, results: dict[int, bytes], *, c: int = 1, slot: int = 5,
 
 
 def votes(*numbers: int) -> Votes:
-    made = Votes(ME, record(1))
+    made = Votes(ME, Ed25519Verifier())
+    made.learn(record(1))
     for number in numbers:
         made.expect(number)
     return made
