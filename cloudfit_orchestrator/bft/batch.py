@@ -73,8 +73,8 @@ class BundleChecker:
         if body is not None:
             return body
         bundle, body = bundle_body(data)
-        if body.group != self._record.group:
-            raise BadError(f"bundle is for group {body.group!r}")
+        if body.group != self._record.life:
+            raise BadError(f"bundle is for group {body.group!r}, this is {self._record.life!r}")
         if body.client not in self._keys:
             raise BadError(f"client {body.client[:8].hex()}… is not admitted in c={self._record.c}")
         numbers = [request.number for request in body.requests]

@@ -320,7 +320,7 @@ class Request(Frozen, frozen=True):
 
 
 class BundleBody(Frozen, frozen=True):
-    """What a client signs, once for many requests."""
+    """What a client signs, once for many requests. `group`: `ConfigRecord.life`."""
 
     group: str
     client: bytes

@@ -68,6 +68,7 @@ def draft_record(
         algorithm=spec.algorithm,
         parameters=spec.parameters,
         previous=previous,
+        born=base.born if base else c,
     )
 
 

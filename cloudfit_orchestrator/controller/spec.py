@@ -88,7 +88,7 @@ class _Placement(_Strict):
 
 class _Recovery(_Strict):
     every: Duration | None = None
-    lease: Duration = 8 * 3600
+    lease: Duration = 30 * 86400  # past it a machine falls silent: longer than any sensible `every`
     on_suspicion: bool = False
     keep_evidence: Annotated[int, Field(strict=True, ge=0, le=100)] = 3
 

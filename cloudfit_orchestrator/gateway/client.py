@@ -213,7 +213,7 @@ class Client:
     def _send_bundle(self, chosen: list[tuple[int, _Waiting]]) -> None:
         now_s = asyncio.get_running_loop().time()
         requests = tuple(Request(number, waiting.operation) for number, waiting in chosen)
-        body = encode(BundleBody(self._record.group, self._public, requests))
+        body = encode(BundleBody(self._record.life, self._public, requests))
         data = encode(Bundle(body, self._key.sign(bundle_bytes(body))))
         bundle = _Bundle(data, {n for n, _ in chosen}, max(w.deadline_s for _, w in chosen), now_s + NEAR_TIMEOUT_S)
         for number, waiting in chosen:

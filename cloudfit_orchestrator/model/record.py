@@ -103,6 +103,12 @@ class ConfigRecord:
     h: int = 0
     digest: bytes = NO_DIGEST
     confirmations: tuple[Confirmation, ...] = field(default=())
+    born: int = 0  # c of the group's first configuration: a group made anew under an old name is another group
+
+    @property
+    def life(self) -> str:
+        """What clients sign their requests for: a request to a destroyed group is none to its successor in name."""
+        return f"{self.group}@{self.born}"
 
     @property
     def n(self) -> int:
@@ -227,7 +233,7 @@ def _decode(doc: Any) -> ConfigRecord:
         return {k: base64.b64decode(v, validate=True) if k in _BYTES else v for k, v in item.items()}
 
     top = rich(doc)
-    for name in ("c", "f", "k", "h"):
+    for name in ("c", "f", "k", "h", "born"):
         if type(top[name]) is not int:
             raise TypeError(f"{name} is not an integer")
     top["members"] = tuple(Member(**rich(m)) for m in top["members"])

@@ -26,7 +26,7 @@ class Recovery:
     """When and how replicas are renewed."""
 
     every_s: int | None = None  # no calendar if None
-    lease_s: int = 8 * 3600
+    lease_s: int = 30 * 86400
     on_suspicion: bool = False
     keep_evidence: int = 3  # snapshots of old incarnations kept per group
 

@@ -193,7 +193,7 @@ class SimClient:
             opened[self._number] = (self._history.invoke(self.name, call), call)
             name = self.key.public[:4] + self._number.to_bytes(4, "big")
             requests.append(Request(self._number, name + to_operation(call)))
-        body = encode(BundleBody(self._reach.newest().group, self.key.public, tuple(requests)))
+        body = encode(BundleBody(self._reach.newest().life, self.key.public, tuple(requests)))
         self._open = Open(encode(Bundle(body, self.key.sign(bundle_bytes(body)))), opened)
         near = self._rng.choice(self._reach.newest().members)
         self._reach.ask(self, near.replica, self._open.frame)

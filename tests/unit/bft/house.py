@@ -205,7 +205,7 @@ class House:
     def bundle(self, requests: Sequence[tuple[int, bytes]], *, client: int = 0) -> bytes:
         """A signed bundle."""
         key = self.client_keys[client]
-        body = encode(BundleBody(GROUP, key.public, tuple(Request(n, op) for n, op in requests)))
+        body = encode(BundleBody(self.record.life, key.public, tuple(Request(n, op) for n, op in requests)))
         return encode(Bundle(body, key.sign(bundle_bytes(body))))
 
     # ----- the messages by name

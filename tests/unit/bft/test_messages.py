@@ -1,6 +1,7 @@
 """Encodings: bytes from strangers raise BadError or decode, nothing else; what was encoded comes back."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -25,7 +26,7 @@ from cloudfit_orchestrator.bft.messages import (
     encode,
 )
 from cloudfit_orchestrator.model.errors import BadError
-from tests.unit.bft.house import GROUP, House
+from tests.unit.bft.house import House
 
 DECODERS = [decode_header, decode_peer, decode_client, decode_merge, decode_bundle_body, decode_entry, split_batch]
 packed = st.recursive(
@@ -93,7 +94,9 @@ HOUSE = House(3, clients=2, parameters={"max_batch_requests": 4, "max_batch_byte
 CHECKER = BundleChecker(HOUSE.record, HOUSE.keys)
 
 
-def signed(*requests: tuple[int, bytes], group: str = GROUP, client: int = 0, signer: int | None = None) -> bytes:
+def signed(
+    *requests: tuple[int, bytes], group: str = HOUSE.record.life, client: int = 0, signer: int | None = None
+) -> bytes:
     key = HOUSE.client_keys[client]
     body = encode(BundleBody(group, key.public, tuple(Request(n, op) for n, op in requests)))
     return encode(Bundle(body, HOUSE.client_keys[client if signer is None else signer].sign(bundle_bytes(body))))
@@ -136,7 +139,7 @@ def test_an_invalid_batch_is_invalid_for_everybody(name: str) -> None:
 
 
 def test_a_client_that_is_not_admitted_has_no_say() -> None:
-    body = encode(BundleBody(GROUP, STRANGER.public, (Request(1, b""),)))
+    body = encode(BundleBody(HOUSE.record.life, STRANGER.public, (Request(1, b""),)))
     with pytest.raises(BadError, match="not admitted"):
         CHECKER.check(encode(Bundle(body, STRANGER.sign(bundle_bytes(body)))))
 
@@ -146,3 +149,11 @@ def test_a_verdict_is_remembered_for_these_bytes_only() -> None:
     checker.check(GOOD)
     with pytest.raises(BadError, match="wrong signature"):
         checker.check(GOOD[:-1] + bytes([GOOD[-1] ^ 1]))
+
+
+def test_a_request_to_a_destroyed_group_is_none_to_its_successor_in_name() -> None:
+    anew = replace(HOUSE.record, c=9, born=9)
+    old = signed((1, b"pay"))
+    assert CHECKER.check(old).requests[0].number == 1
+    with pytest.raises(BadError, match="is for group"):
+        BundleChecker(anew, HOUSE.keys).check(old)
