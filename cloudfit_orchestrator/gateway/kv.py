@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -10,6 +10,7 @@ from cloudfit_orchestrator.gateway.client import DEADLINE_S, Client, Figures
 from cloudfit_orchestrator.model.errors import BadError, BadInputError
 from cloudfit_orchestrator.services import kv
 
+CONCURRENT = 64  # operations of one program under way at once
 T = TypeVar("T")
 
 
@@ -102,6 +103,23 @@ class SyncKv:
     def delete(self, key: bytes) -> bool:
         """See KvClient."""
         return self._run(self._kv.delete(key))
+
+    def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+        """Set all, many at once."""
+        self._run(self._all(self._kv.put(key, value) for key, value in items))
+
+    def get_many(self, keys: Sequence[bytes]) -> "list[bytes | None]":
+        """The values, in the order of `keys`, many at once."""
+        return self._run(self._all(self._kv.get(key) for key in keys))
+
+    async def _all(self, work: Iterable[Coroutine[Any, Any, T]]) -> "list[T]":
+        slots = asyncio.Semaphore(CONCURRENT)
+
+        async def one(item: Coroutine[Any, Any, T]) -> T:
+            async with slots:
+                return await item
+
+        return await asyncio.gather(*(one(item) for item in work))
 
     def list(self, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
         """See KvClient; all of it at once."""
