@@ -5,21 +5,20 @@ are what follows. Nothing here speaks: a member's own voice is in `voice.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest
+from cloudfit_orchestrator.bft.citations import Citations
 from cloudfit_orchestrator.bft.evidence import Attestations, Batches, Certificate, Statements
 from cloudfit_orchestrator.bft.judge import Broken, Held, StreamState, initial, judge, leader, stated
-from cloudfit_orchestrator.bft.merge import Merged, Missing, Proposal, Vote, merge, slots_of, vote_of
+from cloudfit_orchestrator.bft.logvotes import LogVotes
+from cloudfit_orchestrator.bft.merge import Merged, Missing, Proposal, Vote, merge, slots_of
 from cloudfit_orchestrator.bft.messages import (
     NOOP,
     Choice,
     Commit,
     CommitNewView,
     Discarded,
-    Header,
-    Named,
     NewView,
     Prepare,
     Req,
@@ -33,15 +32,12 @@ from cloudfit_orchestrator.bft.messages import (
     decode_merge,
 )
 from cloudfit_orchestrator.bft.slots import Slots
-from cloudfit_orchestrator.bft.stream import MAX_AHEAD, Citation, Kept, Stream
+from cloudfit_orchestrator.bft.stream import Kept, Offered, Stream, bare
+from cloudfit_orchestrator.bft.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
-from cloudfit_orchestrator.model.orders import open_retire
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, Verifier, sha256
 from cloudfit_orchestrator.model.ui import EpochEnd, epoch_end_bytes, ui_bytes
-
-WEDGE = -1  # the target under which wedge votes are kept
-MAX_VOTES_KEPT = 8  # view-change votes kept of one stream: the newest matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +48,6 @@ class NewViewKept:
     header: NewView
     choices: tuple[Choice, ...]
     logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
-
-
-class Offered(Enum):
-    """What became of a message that was offered."""
-
-    TAKEN = "taken"  # its UI holds, and it waits for its turn
-    NOT_WANTED = "not wanted"  # known, or too far ahead: its UI was not looked at
-    BAD = "bad"  # its UI is wrong: blame who sent it
-
-
-@dataclass(slots=True)
-class Wanted:
-    """What is missing, for the runtime of the core to fetch; rebuilt on every `advance`."""
-
-    batches: set[bytes] = field(default_factory=set)
-    views: set[int] = field(default_factory=set)
-    streams: dict[str, int] = field(default_factory=dict)  # replica -> counter needed
-
-    def add(self, missing: Missing) -> None:
-        """Take a merge's needs in."""
-        self.batches.update(missing.batches)
-        self.views.update(missing.views)
-        for replica, cv in missing.streams:
-            self.streams[replica] = max(cv, self.streams.get(replica, 0))
 
 
 class Configuration:
@@ -103,12 +75,13 @@ class Configuration:
         self.commits: dict[int, dict[str, StreamMessage]] = {}  # COMMIT(NEW-VIEW)s that stand, by view and sender
         self.standing: dict[int, tuple[int, bytes]] = {}  # (counter, digest) of the NEW-VIEW that stands, by view
         self.entered: set[int] = {0}  # views that some stream, known to stand, has entered
-        self.votes: dict[str, dict[int, Vote]] = {m.replica: {} for m in record.members}
-        self.epoch_ends: dict[str, EpochEnd] = {}
         self.named: dict[bytes, int] = {}  # batches that standing proposals name -> highest slot
         self.wanted = Wanted()
+        self.votes = LogVotes(record, self.streams, self.wanted, controller_keys)
+        self.citations = Citations(
+            record, streams=self.streams, slots=self.slots, wanted=self.wanted, genuine=self.genuine
+        )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
-        self._cited: dict[tuple[str, int], list[tuple[str, Citation]]] = {}
         self._logs: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # of the NEW-VIEW being judged
         self.jumps: list[StreamMessage] = []  # anchors that cursors jumped to, for the journal to take
         self._merge_wants: set[bytes] = set()
@@ -204,7 +177,7 @@ class Configuration:
                 self._stands = False
             if not isinstance(outcome, StreamState):
                 return  # cannot be: it stands
-            entries = self._citations(header) if isinstance(header, Commit) else ()
+            entries = self.citations.read(header) if isinstance(header, Commit) else ()
             before, state = state, outcome
             kept.append(Kept(message, header, message.digest, state, entries))
         header, first = kept[-1].header, kept[0]
@@ -212,12 +185,7 @@ class Configuration:
             isinstance(first.header, Stable) and first.header.h <= before.h - self._window
         )
         if isinstance(header, ViewChange) and anchored:
-            name = Named(stream.replica, kept[-1].message.cv, kept[-1].digest)
-            retires = self._retires(header.retires)
-            self.votes[stream.replica][header.g] = vote_of(
-                self.record, name, before, kept[:-1], message=kept[-1].message, retires=retires
-            )
-            self._prune_votes(self.votes[stream.replica], header.g)
+            self.votes.read(before, kept[:-1], kept[-1])
 
     def offer_end(self, end: EpochEnd) -> bool:
         """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
@@ -228,7 +196,7 @@ class Configuration:
             return False
         if not self._verifier.verify(member.usig_key, epoch_end_bytes(self.record.group, end), end.signature):
             return False
-        self.epoch_ends[end.replica] = end
+        self.votes.epoch_ends[end.replica] = end
         return True
 
     def offer_jump(self, message: Discarded) -> bool:
@@ -278,7 +246,7 @@ class Configuration:
     # ---------------------------------------------------------------------------------------------------- processing
     def advance(self) -> list[Kept]:
         """Process all that can be, and return the messages that were accepted, in the order of processing."""
-        self.wanted = Wanted()
+        self.wanted.clear()
         self._merge_wants = set()
         done: list[Kept] = []
         moved = True
@@ -287,7 +255,7 @@ class Configuration:
             for stream in self.streams.values():
                 while self._step(stream, done):
                     moved = True
-        self._resolve_ended()
+        self.citations.settle()
         for digest in self.named:
             if self.batches.valid(digest) is None:
                 self.wanted.batches.add(digest)
@@ -318,10 +286,10 @@ class Configuration:
                 self._end(stream, cv, outcome.rule)
                 return False
         stream.unwait(cv)
-        entries = self._citations(header) if isinstance(header, Commit) else ()
+        entries = self.citations.read(header) if isinstance(header, Commit) else ()
         kept = Kept(message, header, message.digest, outcome, entries)
         if isinstance(header, ViewChange | Wedge):
-            self._keep_vote(stream, kept)
+            self.votes.keep(stream, kept)
         stream.accept(kept)
         self._count(kept)
         done.append(kept)
@@ -360,7 +328,7 @@ class Configuration:
                     self._name(batch, s)
             case Commit():
                 for citation in kept.entries:
-                    self._cite(replica, citation)
+                    self.citations.cite(replica, citation)
             case Stable():
                 self.attestations.add(kept.message, header)
                 self.statements.certify(Certificate(header.h, header.digest, header.certificate))
@@ -374,10 +342,12 @@ class Configuration:
                     self.slots.vote_view(header.g, replica, found.choices)
                 else:
                     self.wanted.views.add(header.g)
+            case ViewChange():
+                self.statements.take_requests(header.certificate)
             case _:
                 pass
         if kept.message.cv:
-            self._resolve(replica, kept.message.cv)
+            self.citations.resolve(replica, kept.message.cv)
 
     def _name(self, digest: bytes, s: int) -> None:
         if digest != NOOP and s > self.slots.floor:
@@ -393,98 +363,6 @@ class Configuration:
             self._name(choice.batch, choice.s)
         for voter in (message.replica, *self.commits.get(header.g, ())):  # its COMMITs may have come before it
             self.slots.vote_view(header.g, voter, choices)
-
-    def _keep_vote(self, stream: Stream, kept: Kept) -> None:
-        header = kept.header
-        name = Named(stream.replica, kept.message.cv, kept.digest)
-        if isinstance(header, ViewChange):
-            target, retires = header.g, self._retires(header.retires)
-            for req in header.certificate:  # certificates travel: who sees one may join
-                if req.target > self.statements.requests.get(req.replica, (0, b""))[0]:
-                    self.statements.requests[req.replica] = (req.target, req.signature)
-        else:
-            target, retires = WEDGE, ()
-        if not stream.complete(self._window):
-            return  # read from an anchor too near to tell what the log holds: this judge cannot count the vote
-        votes = self.votes[stream.replica]
-        log = list(stream.kept.values())
-        votes[target] = vote_of(self.record, name, stream.state, log, message=kept.message, retires=retires)
-        self._prune_votes(votes, target)
-
-    def _prune_votes(self, votes: dict[int, Vote], newest: int) -> None:
-        """Keep the newest few, and the one that was just read."""
-        for old in sorted(t for t in votes if t not in (WEDGE, newest))[: 1 - MAX_VOTES_KEPT]:
-            del votes[old]
-
-    def _retires(self, orders: Sequence[bytes]) -> tuple[str, ...]:
-        found = set()
-        for envelope in orders[: self.record.n]:
-            try:
-                order = open_retire(envelope, self._controllers)
-            except BadError:
-                continue
-            if (order.group, order.c) == (self.record.group, self.record.c) and self.record.member(order.replica):
-                found.add(order.replica)
-        return tuple(sorted(found))
-
-    # ----------------------------------------------------------------------------------------------------- citations
-    def _citations(self, header: Commit) -> tuple[Citation, ...]:
-        """The entries of a COMMIT that are what they claim; proposals that they carry are offered to their streams."""
-        found: dict[tuple[str, int], Citation] = {}
-        for entry in header.entries:
-            stream = self.streams.get(entry.proposer)
-            if stream is None:
-                continue
-            kept = stream.kept.get(entry.cv)
-            message = StreamMessage(self.record.c, entry.proposer, entry.cv, entry.header, b"", entry.certificate)
-            if kept is not None and kept.message == message:
-                carried: Header = kept.header
-            else:  # an entry is judged by itself, not by what is held: its UI must be the proposer's
-                if not self.genuine(message):
-                    continue
-                try:
-                    carried = decode_header(entry.header)
-                except BadError:
-                    continue
-                if stream.wants(entry.cv):
-                    stream.wait(message)
-            if not isinstance(carried, Prepare | Skip) or carried.g != header.g or carried.c != header.c:
-                continue
-            ends = (carried.s, carried.s) if isinstance(carried, Prepare) else (carried.s1, carried.s2)
-            if ends == (entry.s1, entry.s2):
-                found[(entry.proposer, entry.cv)] = Citation(entry.proposer, entry.cv, carried)
-        return tuple(found.values())
-
-    def _cite(self, voter: str, citation: Citation) -> None:
-        stream = self.streams[citation.proposer]
-        stands = stream.stands(citation.cv)
-        if stands is None:
-            if citation.cv > stream.cursor + MAX_AHEAD:
-                return  # too far ahead to wait for; a checkpoint will cover it
-            self._cited.setdefault((citation.proposer, citation.cv), []).append((voter, citation))
-            self.wanted.streams[citation.proposer] = max(citation.cv, self.wanted.streams.get(citation.proposer, 0))
-        elif stands:
-            self._vote(voter, citation)
-
-    def _vote(self, voter: str, citation: Citation) -> None:
-        kept = self.streams[citation.proposer].kept.get(citation.cv)
-        if kept is None:
-            return  # behind an attested anchor: a checkpoint covers its slots
-        header = citation.header
-        batch = header.batch if isinstance(header, Prepare) else NOOP
-        for s in slots_of(header, self.record, kept.state, citation.proposer):
-            self.slots.vote(Proposal(header.g, s, citation.proposer, citation.cv, batch), voter)
-
-    def _resolve(self, replica: str, cv: int) -> None:
-        for voter, citation in self._cited.pop((replica, cv), ()):
-            self._vote(voter, citation)
-
-    def _resolve_ended(self) -> None:
-        for proposer, cv in list(self._cited):
-            if self.streams[proposer].stands(cv) is not None:  # jumped over, or after the end
-                del self._cited[(proposer, cv)]
-            else:
-                self.wanted.streams[proposer] = max(cv, self.wanted.streams.get(proposer, 0))
 
     # ------------------------------------------------------------------------------------------------ judge.Evidence
     def stable_certificate(self, h: int, digest: bytes, certificate: Sequence[Signed]) -> bool:
@@ -519,7 +397,7 @@ class Configuration:
             return False
         if self._stands or header.g in self.entered:
             return True
-        votes = self._named_votes(header.g, content.view_changes)
+        votes = self.votes.named(header.g, content.view_changes)
         if votes is None:
             self.wanted.views.add(header.g)  # or a COMMIT of it that stands
         if votes is None or isinstance(votes, bool):
@@ -531,53 +409,6 @@ class Configuration:
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
         self._logs = {header.g: tuple(vote.log for vote in votes)}
         return told == outcome
-
-    def _named_votes(self, target: int, names: Sequence[Named]) -> list[Vote] | bool | None:
-        """The VIEW-CHANGEs that a NEW-VIEW or a wedge set names; False if one is none, None if not all are known."""
-        if len({n.replica for n in names}) != len(names) or len(names) < self.record.quorums.view_change:
-            return False
-        votes = []
-        unknown = False
-        for name in names:
-            stream = self.streams.get(name.replica)
-            if stream is None:
-                return False
-            vote = self.votes[name.replica].get(target) or self._vote_again(stream, target, name)
-            if vote is not None:
-                if vote.name != name:
-                    return False
-                votes.append(vote)
-            elif stream.stands(name.cv) is False or not self._may_be(stream, target, name):
-                return False
-            else:
-                unknown = True
-                self.wanted.streams[name.replica] = max(name.cv, self.wanted.streams.get(name.replica, 0))
-        return None if unknown else votes
-
-    def _may_be(self, stream: Stream, target: int, name: Named) -> bool:
-        """False if the message at that counter is held and is no vote for `target`."""
-        kept = stream.kept.get(name.cv)
-        if kept is None:
-            return True
-        if kept.digest != name.digest:
-            return False
-        if target == WEDGE:
-            return isinstance(kept.header, Wedge)
-        return isinstance(kept.header, ViewChange) and kept.header.g == target
-
-    def _vote_again(self, stream: Stream, target: int, name: Named) -> Vote | None:
-        """A vote that was let go, read off the kept stream once more."""
-        kept = stream.kept.get(name.cv)
-        if kept is None or not self._may_be(stream, target, name) or not isinstance(kept.header, ViewChange):
-            return None
-        before = stream.kept.get(name.cv - 1)
-        state = before.state if before is not None else stream.base_state
-        anchor = stream.anchor()
-        if anchor is not None and (name.cv <= anchor.message.cv or anchor.state.h > state.h - self._window):
-            return None
-        log = [item for cv, item in stream.kept.items() if cv < name.cv]
-        retires = self._retires(kept.header.retires)
-        return vote_of(self.record, name, state, log, message=kept.message, retires=retires)
 
     def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:
         """See `judge.Evidence`."""
@@ -608,7 +439,7 @@ class Configuration:
             return False
         stands = stream.stands(cv)
         if stands is None:
-            self.wanted.streams[replica] = max(cv, self.wanted.streams.get(replica, 0))
+            self.wanted.stream(replica, cv)
         return stands
 
     # -------------------------------------------------------------------------------------------------- merge.Lookup
@@ -622,30 +453,6 @@ class Configuration:
         return (found.header, found.choices) if found else None
 
     # --------------------------------------------------------------------------------------------------- view change
-    def view_votes(self, target: int) -> list[Vote]:
-        """The VIEW-CHANGEs for `target` that stand, one a member; for `WEDGE` also the closed streams that are read to
-        their end: EPOCH-END and the whole log are a vote (protocol §6.5).
-        """
-        found = []
-        for replica, votes in self.votes.items():
-            vote = votes.get(target)
-            if vote is None and target == WEDGE:
-                vote = self._closed_vote(replica)
-            if vote is not None:
-                found.append(vote)
-        return found
-
-    def _closed_vote(self, replica: str) -> Vote | None:
-        end, stream = self.epoch_ends.get(replica), self.streams[replica]
-        if end is None or stream.ended is not None or stream.cursor != end.cv_end:
-            return None
-        if not stream.complete(self._window):
-            return None
-        name = Named(replica, end.cv_end + 1, end.last_digest)
-        vote = vote_of(self.record, name, stream.state, list(stream.kept.values()))
-        self.votes[replica][WEDGE] = vote
-        return vote
-
     def try_merge(self, votes: Sequence[Vote]) -> Merged | None:
         """The merge of `votes`; None if something is missing, which is then wanted."""
         outcome = merge(self.record, votes, self)
@@ -659,14 +466,6 @@ class Configuration:
         """Accept this batch from whoever sends it."""
         self.wanted.batches.add(digest)
         self._merge_wants.add(digest)
-
-    def wedge_votes(self, names: Sequence[Named]) -> list[Vote] | None:
-        """The wedges that a set names; None if not all are known here (or it is no quorum of wedges)."""
-        for replica in self.votes:
-            if WEDGE not in self.votes[replica]:
-                self._closed_vote(replica)
-        votes = self._named_votes(WEDGE, names)
-        return votes if isinstance(votes, list) else None
 
     # ------------------------------------------------------------------------------------------------------- garbage
     def truncate(self, floor: int) -> None:
@@ -690,20 +489,8 @@ class Configuration:
             del self.commits[g]
         for digest in [d for d, s in self.named.items() if s <= floor]:
             del self.named[digest]
-        for place in [p for p, waiting in self._cited.items() if _last_slot(waiting[0][1].header) <= floor]:
-            del self._cited[place]
+        self.citations.forget(floor)
         for g in [g for g in self.standing if g < current and g not in cited and g not in self.new_views]:
             del self.standing[g]
             self.entered.discard(g)
         self.batches.drop(floor)
-
-
-def _last_slot(header: Prepare | Skip) -> int:
-    return header.s if isinstance(header, Prepare) else header.s2
-
-
-def bare(message: StreamMessage) -> StreamMessage:
-    """The message without its batch, as it is kept."""
-    if not message.batch:
-        return message
-    return StreamMessage(message.c, message.replica, message.cv, message.header, message.payload, message.certificate)

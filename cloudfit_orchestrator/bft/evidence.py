@@ -122,6 +122,12 @@ class Statements:
             for req in certificate
         )
 
+    def take_requests(self, certificate: Sequence[Req]) -> None:
+        """Certificates travel: who sees a valid one may join."""
+        for req in certificate:
+            if req.target > self.requests.get(req.replica, (0, b""))[0]:
+                self.requests[req.replica] = (req.target, req.signature)
+
     def view_wanted(self) -> tuple[int, tuple[Req, ...]]:
         """The highest view that f+1 members ask for (or a higher one), with their REQs; (0, ()) if there is none."""
         ranked = sorted(((t, r, sig) for r, (t, sig) in self.requests.items()), reverse=True)

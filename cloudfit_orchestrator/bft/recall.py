@@ -106,7 +106,7 @@ def _entries(at: Situation, configuration: Configuration, successors: Successors
     if at.voice is not None:
         entries += [LogBody(c, cv, *body) for cv, body in sorted(at.voice.pending.items())]
     entries += [LogRecord(envelope) for _, (_, envelope) in sorted(successors.prepared.items())]
-    entries += [LogEnd(end_message(end)) for end in configuration.epoch_ends.values()]
+    entries += [LogEnd(end_message(end)) for end in configuration.votes.epoch_ends.values()]
     entries += [LogWedges(c, names) for names in successors.sets]
     return entries
 

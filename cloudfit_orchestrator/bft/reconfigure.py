@@ -7,8 +7,9 @@ confirmed, and until ACTIVE pins one, nothing of any leaves but its confirmation
 from dataclasses import dataclass
 from itertools import combinations
 
-from cloudfit_orchestrator.bft.configuration import WEDGE, Configuration
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.execution import Execution
+from cloudfit_orchestrator.bft.logvotes import WEDGE
 from cloudfit_orchestrator.bft.merge import Merged
 from cloudfit_orchestrator.bft.messages import NOOP, Named
 from cloudfit_orchestrator.bft.slots import AgreementError
@@ -55,7 +56,7 @@ class Successors:
         """The own set, once Qv wedges give a merge; returned when it is new."""
         if self.own_set is not None:
             return None
-        votes = configuration.view_votes(WEDGE)
+        votes = configuration.votes.of(WEDGE)
         for chosen in combinations(votes, configuration.record.quorums.view_change):
             if configuration.try_merge(chosen) is not None:
                 self.own_set = tuple(vote.name for vote in chosen)
@@ -76,8 +77,8 @@ class Successors:
         return new
 
     def _compute(self, configuration: Configuration, execution: Execution, names: tuple[Named, ...]) -> Outcome | None:
-        votes = configuration.wedge_votes(names)
-        merged = configuration.try_merge(votes) if votes is not None else None
+        votes = configuration.votes.named(WEDGE, names)
+        merged = configuration.try_merge(votes) if isinstance(votes, list) else None
         if merged is None:
             return None
         if execution.slot < merged.h:

@@ -12,7 +12,7 @@ from typing import Any
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.catchup import CatchUp
 from cloudfit_orchestrator.bft.clientdesk import ClientDesk
-from cloudfit_orchestrator.bft.configuration import Configuration, Offered, bare
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Certify, Effect, SaveSnapshot
 from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.journal import (
@@ -53,7 +53,7 @@ from cloudfit_orchestrator.bft.recall import collect, end_message, epoch_end
 from cloudfit_orchestrator.bft.reconfigure import Outcome
 from cloudfit_orchestrator.bft.situation import Peer, Situation, peer_id, replica_of
 from cloudfit_orchestrator.bft.store import Snapshot, StateStore
-from cloudfit_orchestrator.bft.stream import Kept
+from cloudfit_orchestrator.bft.stream import Kept, Offered, bare
 from cloudfit_orchestrator.bft.succession import Succession
 from cloudfit_orchestrator.bft.suspicion import Suspicion
 from cloudfit_orchestrator.bft.voice import Voice
@@ -538,7 +538,7 @@ class Replica:
         self._succession.refresh_peers()
 
     def _take_end(self, configuration: Configuration, end: EpochEnd) -> None:
-        known = end.c != configuration.record.c or end.replica in configuration.epoch_ends
+        known = end.c != configuration.record.c or end.replica in configuration.votes.epoch_ends
         if not known and configuration.offer_end(end):
             self._out.journal(LogEnd(end_message(end)))
 
@@ -580,7 +580,7 @@ class Replica:
             self._sign_checkpoint_again()
             for statement in self._suspicion.statements.values():
                 self._out.broadcast(at.others, statement)
-            for end in configuration.epoch_ends.values():
+            for end in configuration.votes.epoch_ends.values():
                 self._out.broadcast(at.others, end_message(end))
         elif at.installed:
             self._out.report("learner", self._learning(configuration))

@@ -5,6 +5,7 @@ the newest attested STABLE that may start a log is dropped; what is ahead of a g
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
 from cloudfit_orchestrator.bft.judge import StreamState
 from cloudfit_orchestrator.bft.messages import Header, Named, Prepare, Skip, Stable, StreamMessage
@@ -31,6 +32,14 @@ class Kept:
     digest: bytes
     state: StreamState
     entries: tuple[Citation, ...] = ()  # of a COMMIT
+
+
+class Offered(Enum):
+    """What became of a message that was offered."""
+
+    TAKEN = "taken"  # its UI holds, and it waits for its turn
+    NOT_WANTED = "not wanted"  # known, or too far ahead: its UI was not looked at
+    BAD = "bad"  # its UI is wrong: blame who sent it
 
 
 class Stream:
@@ -126,3 +135,10 @@ class Stream:
     def anchor(self) -> Kept | None:
         """The attested STABLE that the kept messages begin with; None if they begin with the epoch."""
         return self.kept.get(self.base + 1) if self.base else None
+
+
+def bare(message: StreamMessage) -> StreamMessage:
+    """The message without its batch, as it is kept."""
+    if not message.batch:
+        return message
+    return StreamMessage(message.c, message.replica, message.cv, message.header, message.payload, message.certificate)

@@ -8,8 +8,9 @@ a correct replica cannot end its own stream.
 from collections.abc import Callable
 from itertools import combinations
 
-from cloudfit_orchestrator.bft.configuration import WEDGE, Configuration
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.judge import StreamState, judge, leader, proposers
+from cloudfit_orchestrator.bft.logvotes import WEDGE
 from cloudfit_orchestrator.bft.merge import Merged, Vote, slots_of
 from cloudfit_orchestrator.bft.messages import (
     NOOP,
@@ -173,7 +174,7 @@ class Voice:
         g = self.tail.v
         if not self.room or self.tail.wedged or g <= self.tail.e or leader(self._record, g) != self.me:
             return
-        votes = self._configuration.view_votes(g)
+        votes = self._configuration.votes.of(g)
         for chosen in combinations(votes, self._record.quorums.view_change):
             merged = self._configuration.try_merge(chosen)
             if merged is not None and self._can_enter(merged.h, merged.s_max, merged.choices):
@@ -287,4 +288,4 @@ class Voice:
     @property
     def wedge_vote_ready(self) -> bool:
         """The own wedge is certified."""
-        return WEDGE in self._configuration.votes[self.me]
+        return self._configuration.votes.has(self.me, WEDGE)

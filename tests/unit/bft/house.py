@@ -12,8 +12,9 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
-from cloudfit_orchestrator.bft.configuration import WEDGE, Configuration
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.judge import StreamState, judge
+from cloudfit_orchestrator.bft.logvotes import WEDGE
 from cloudfit_orchestrator.bft.merge import Merged
 from cloudfit_orchestrator.bft.messages import (
     NOOP,
@@ -242,7 +243,7 @@ class House:
         """What a judge computes from these VIEW-CHANGEs (g = WEDGE: wedges)."""
         listener = judge or self.full_judge()
         names = {v.replica for v in votes}
-        found = [vote for vote in listener.view_votes(g) if vote.name.replica in names]
+        found = [vote for vote in listener.votes.of(g) if vote.name.replica in names]
         assert len(found) == len(votes), f"only {[v.name.replica for v in found]} count"
         for _ in range(3):
             outcome = listener.try_merge(found)

@@ -73,7 +73,7 @@ def test_a_vote_with_a_wrong_certificate_does_not_split_a_view_change() -> None:
     votes = [house.view_change(r, 3) for r in ("r0", "r2")]
     for judge in (r0, r1):
         house.tell(judge, votes)
-    merged = r0.try_merge(r0.view_votes(3))
+    merged = r0.try_merge(r0.votes.of(3))
     assert merged is not None
     names = tuple(Named(v.replica, v.cv, v.digest) for v in votes)
     header = NewView(1, 3, merged.h, merged.s_max, merged.blacklist, merged.retired)
@@ -162,9 +162,9 @@ def test_a_repeated_entry_waits_once_and_what_is_settled_waits_no_more() -> None
     ghost = replace_certificate(ghost, house.certify("r2", 1000, ghost.digest))
     house.say("r2", Commit(1, 0, (entry_of(ghost),) * 4))
     house.tell(judge)
-    assert [len(waiting) for waiting in judge._cited.values()] == [1]
+    assert len(judge.citations) == 1
     judge.truncate(2)
-    assert not judge._cited
+    assert len(judge.citations) == 0
 
 
 def test_replies_that_fill_a_bucket_leave_room_for_every_clients_window() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cloudfit_orchestrator.bft import configuration as room
-from cloudfit_orchestrator.bft.configuration import Configuration, Offered
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.evidence import Attestations
 from cloudfit_orchestrator.bft.judge import Broken, StreamState
 from cloudfit_orchestrator.bft.messages import (
@@ -23,6 +23,7 @@ from cloudfit_orchestrator.bft.messages import (
     decode_header,
 )
 from cloudfit_orchestrator.bft.slots import AgreementError
+from cloudfit_orchestrator.bft.stream import Offered
 from cloudfit_orchestrator.model.record import Algorithm
 from tests.unit.bft.house import WEDGE, House, entry_of
 
@@ -180,7 +181,7 @@ def test_form_a_bogus_new_view_enters_no_view(monkeypatch: pytest.MonkeyPatch, *
     if rule:
         assert judge.streams["r1"].ended == 2
         assert 1 not in judge.new_views
-        assert {v.name.replica for v in judge.view_votes(2)} == {"r0", "r2"}
+        assert {v.name.replica for v in judge.votes.of(2)} == {"r0", "r2"}
         assert house.merged(2, [later[0], later[2]]).choices[2].batch == batch_of(good)
     else:
         assert house.merged(2, later[:2]).choices[2].batch == batch_of(evil[2]), "a decided slot is lost"
@@ -317,13 +318,9 @@ def test_an_anchor_is_l_behind_the_last_stable(*, rule: bool) -> None:
 
 def lenient_about_anchors(judge: Configuration) -> Configuration:
     """The judge, counting votes whose logs begin at any anchor."""
-    stream = judge.streams["r1"]
-    kept = list(stream.kept.values())
-    last = kept[-1]
-    name = room.Named("r1", last.message.cv, last.digest)
-    header = last.header
-    assert isinstance(header, room.ViewChange)
-    judge.votes["r1"][header.g] = room.vote_of(judge.record, name, kept[-2].state, kept[:-1])
+    kept = list(judge.streams["r1"].kept.values())
+    assert isinstance(kept[-1].header, room.ViewChange)
+    judge.votes.read(kept[-2].state, kept[:-1], kept[-1])
     return judge
 
 
@@ -337,8 +334,8 @@ def test_a_judge_who_jumped_to_a_near_anchor_counts_no_vote_of_that_log() -> Non
     away = jumped(house, anchor, proof)
     house.tell(away)
     assert away.streams["r1"].state.v == 1, "the VIEW-CHANGE stands, its target counts"
-    assert "r1" not in {v.name.replica for v in away.view_votes(1)}
-    assert "r1" in {v.name.replica for v in house.full_judge().view_votes(1)}
+    assert "r1" not in {v.name.replica for v in away.votes.of(1)}
+    assert "r1" in {v.name.replica for v in house.full_judge().votes.of(1)}
 
 
 @with_and_without
@@ -368,7 +365,7 @@ def test_a_cursor_jumps_only_to_an_attested_stable(monkeypatch: pytest.MonkeyPat
     if rule:
         house.tell(r2)
         assert r2.streams["r1"].ended == back.cv
-        assert {v.name.replica for v in r2.view_votes(2)} == {"r2"}
+        assert {v.name.replica for v in r2.votes.of(2)} == {"r2"}
     else:
         assert house.merged(2, votes, r2).s_max == 2, "the decided slot 3 is lost"
 
@@ -461,7 +458,7 @@ def test_a_missing_batch_delays_a_merge_and_is_asked_for() -> None:
     for r in ("r0", "r1"):
         house.view_change(r, 1)
     judge = house.full_judge()
-    found = judge.view_votes(1)
+    found = judge.votes.of(1)
     assert judge.try_merge(found) is None
     assert digest in judge.wanted.batches
     assert judge.offer_batch(data) == digest
@@ -477,7 +474,7 @@ def test_nothing_follows_a_wedge() -> None:
     house.commit("r0", house.prepare("r1", 0, 1))
     judge = house.full_judge()
     assert judge.streams["r0"].ended == 2
-    assert {v.name.replica for v in judge.view_votes(WEDGE)} == {"r0"}, "the wedge still stands"
+    assert {v.name.replica for v in judge.votes.of(WEDGE)} == {"r0"}, "the wedge still stands"
 
 
 def test_an_epoch_end_and_a_log_read_to_its_end_are_a_vote_for_a_wedge_of_this_configuration() -> None:
@@ -489,9 +486,9 @@ def test_an_epoch_end_and_a_log_read_to_its_end_are_a_vote_for_a_wedge_of_this_c
     end = house.epoch_end("r2")
     assert judge.offer_end(end)
     house.tell(judge, [m for m in house.order if m.replica != "r2"])
-    assert {v.name.replica for v in judge.view_votes(WEDGE)} == {"r0"}, "its log is not read to the end"
+    assert {v.name.replica for v in judge.votes.of(WEDGE)} == {"r0"}, "its log is not read to the end"
     house.tell(judge)
-    votes = judge.view_votes(WEDGE)
+    votes = judge.votes.of(WEDGE)
     assert {v.name.replica for v in votes} == {"r0", "r2"}
     merged = judge.try_merge(votes)
     assert merged is not None
@@ -518,7 +515,7 @@ def test_a_stream_that_ended_has_no_vote() -> None:
     house.wedge("r1")
     judge = house.full_judge()
     judge.offer_end(house.epoch_end("r1"))
-    assert judge.view_votes(WEDGE) == []
+    assert judge.votes.of(WEDGE) == []
 
 
 def test_a_wedge_needs_a_prepared_record_on_this_base() -> None:

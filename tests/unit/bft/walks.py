@@ -168,7 +168,7 @@ class Walk:
     def _new_view(self, who: str) -> None:
         state = self._state(who)
         g = state.v
-        votes = self.live.view_votes(g) if g > state.e and leader(self.house.record, g) == who else []
+        votes = self.live.votes.of(g) if g > state.e and leader(self.house.record, g) == who else []
         quorum = self.house.record.quorums.view_change
         if len(votes) < quorum:
             return
@@ -278,7 +278,7 @@ class Walk:
         sound = [r for r in self.house.names if streams[r].ended is None and streams[r].state.v < LOOK_AHEAD]
         for r in sound:
             self._say(self.house.view_change(r, LOOK_AHEAD))
-        votes = self.live.view_votes(LOOK_AHEAD)
+        votes = self.live.votes.of(LOOK_AHEAD)
         assert {v.name.replica for v in votes} == set(sound), "a VIEW-CHANGE of a correct member counts"
         for chosen in combinations(votes, self.house.record.quorums.view_change):
             outcome = merge(self.house.record, chosen, self.live)

@@ -1,0 +1,131 @@
+"""Votes of logs: what VIEW-CHANGEs, wedges and closed epochs contribute to a merge (protocol §5, §6.5)."""
+
+from collections.abc import Sequence
+
+from cloudfit_orchestrator.bft.judge import StreamState
+from cloudfit_orchestrator.bft.merge import Vote, vote_of
+from cloudfit_orchestrator.bft.messages import Named, ViewChange, Wedge
+from cloudfit_orchestrator.bft.stream import Kept, Stream
+from cloudfit_orchestrator.bft.wanted import Wanted
+from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.orders import open_retire
+from cloudfit_orchestrator.model.record import ConfigRecord
+from cloudfit_orchestrator.model.ui import EpochEnd
+
+WEDGE = -1  # the target under which wedge votes are kept
+MAX_VOTES_KEPT = 8  # view-change votes kept of one stream: the newest matter
+
+
+class LogVotes:
+    """Votes by sender and target view. A judge that holds no whole log of a stream has no vote of it."""
+
+    def __init__(
+        self, record: ConfigRecord, streams: dict[str, Stream], wanted: Wanted, controllers: list[bytes]
+    ) -> None:
+        """`controllers`: whose RETIRE orders are heeded."""
+        self._record = record
+        self._window = record.parameters.window
+        self._streams = streams
+        self._wanted = wanted
+        self._controllers = controllers
+        self._votes: dict[str, dict[int, Vote]] = {replica: {} for replica in streams}
+        self.epoch_ends: dict[str, EpochEnd] = {}
+
+    def has(self, replica: str, target: int) -> bool:
+        """Whether that vote is known."""
+        return target in self._votes[replica]
+
+    def keep(self, stream: Stream, kept: Kept) -> None:
+        """A VIEW-CHANGE or wedge is the next message of `stream`; it stands."""
+        if stream.complete(self._window):  # else it was read from an anchor too near to tell what the log holds
+            self.read(stream.state, list(stream.kept.values()), kept)
+
+    def read(self, before: StreamState, log: Sequence[Kept], kept: Kept) -> None:
+        """Take the vote of the message `kept`, which follows the whole log `log` and the state `before`."""
+        target = kept.header.g if isinstance(kept.header, ViewChange) else WEDGE
+        votes = self._votes[kept.message.replica]
+        votes[target] = self._vote(before, log, kept)
+        for old in sorted(t for t in votes if t not in (WEDGE, target))[: 1 - MAX_VOTES_KEPT]:
+            del votes[old]
+
+    def _vote(self, before: StreamState, log: Sequence[Kept], kept: Kept) -> Vote:
+        name = Named(kept.message.replica, kept.message.cv, kept.digest)
+        retires = self._retires(kept.header.retires) if isinstance(kept.header, ViewChange) else ()
+        return vote_of(self._record, name, before, log, message=kept.message, retires=retires)
+
+    def _retires(self, orders: Sequence[bytes]) -> tuple[str, ...]:
+        found = set()
+        for envelope in orders[: self._record.n]:
+            try:
+                order = open_retire(envelope, self._controllers)
+            except BadError:
+                continue
+            if (order.group, order.c) == (self._record.group, self._record.c) and self._record.member(order.replica):
+                found.add(order.replica)
+        return tuple(sorted(found))
+
+    def of(self, target: int) -> list[Vote]:
+        """The votes for `target` that stand, one a member; for `WEDGE` also the closed streams that are read to their
+        end: EPOCH-END and the whole log are a vote.
+        """
+        if target == WEDGE:
+            self._close()
+        return [votes[target] for votes in self._votes.values() if target in votes]
+
+    def named(self, target: int, names: Sequence[Named]) -> list[Vote] | bool | None:
+        """The votes that a NEW-VIEW or a wedge set names; False if one is none, None if not all are known."""
+        if len({name.replica for name in names}) != len(names) or len(names) < self._record.quorums.view_change:
+            return False
+        if target == WEDGE:
+            self._close()
+        votes: list[Vote] = []
+        unknown = False
+        for name in names:
+            stream = self._streams.get(name.replica)
+            if stream is None:
+                return False
+            vote = self._votes[name.replica].get(target) or self._again(stream, target, name)
+            if vote is not None:
+                if vote.name != name:
+                    return False
+                votes.append(vote)
+            elif stream.stands(name.cv) is False or not _may_be(stream, target, name):
+                return False
+            else:
+                unknown = True
+                self._wanted.stream(name.replica, name.cv)
+        return None if unknown else votes
+
+    def _again(self, stream: Stream, target: int, name: Named) -> Vote | None:
+        """A vote that was let go, read off the kept stream once more."""
+        kept = stream.kept.get(name.cv)
+        if kept is None or not _may_be(stream, target, name) or not isinstance(kept.header, ViewChange):
+            return None
+        before = stream.kept.get(name.cv - 1)
+        state = before.state if before is not None else stream.base_state
+        anchor = stream.anchor()
+        if anchor is not None and (name.cv <= anchor.message.cv or anchor.state.h > state.h - self._window):
+            return None
+        return self._vote(state, [item for cv, item in stream.kept.items() if cv < name.cv], kept)
+
+    def _close(self) -> None:
+        """Streams that EPOCH-END closed, and that are read to their end, vote for any wedge."""
+        for replica, end in self.epoch_ends.items():
+            stream = self._streams[replica]
+            if WEDGE in self._votes[replica] or stream.ended is not None or stream.cursor != end.cv_end:
+                continue
+            if stream.complete(self._window):
+                name = Named(replica, end.cv_end + 1, end.last_digest)
+                self._votes[replica][WEDGE] = vote_of(self._record, name, stream.state, list(stream.kept.values()))
+
+
+def _may_be(stream: Stream, target: int, name: Named) -> bool:
+    """False if the message at that counter is held and is no vote for `target`."""
+    kept = stream.kept.get(name.cv)
+    if kept is None:
+        return True
+    if kept.digest != name.digest:
+        return False
+    if target == WEDGE:
+        return isinstance(kept.header, Wedge)
+    return isinstance(kept.header, ViewChange) and kept.header.g == target
