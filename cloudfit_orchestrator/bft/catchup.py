@@ -169,11 +169,14 @@ class CatchUp:
         return None
 
     def _newest_certified(self) -> bytes:
-        """The root of the newest certified state that is kept; empty if there is none."""
+        """The root of a certified state to offer in place of one that is gone: one that others are fetching already,
+        so that those who join together are served together, else the newest; empty if there is none.
+        """
         configuration, snapshots = self._at.configuration, self._at.execution.snapshots
         certificates = configuration.statements.certificates if configuration is not None else {}
         kept = [slot for c, slot in snapshots if c == self._at.c and slot in certificates]
-        return snapshots[(self._at.c, max(kept))].root if kept else b""
+        shared = [slot for c, slot in self._at.execution.pinned(self._out.now_s) if c == self._at.c and slot in kept]
+        return snapshots[(self._at.c, max(shared or kept))].root if kept else b""
 
     def take_index(self, peer: str, message: StateIndex) -> None:
         """A state's chunk hashes arrived: those asked for, or those of a later certified state that the peer has."""
@@ -182,7 +185,9 @@ class CatchUp:
             return
         if message.root != transfer.root and peer not in self._at.exporters:
             later = configuration.statements.certificates.get(message.slot)
-            if transfer.indexed or later is None or later.digest != message.root or message.slot <= transfer.slot:
+            if transfer.indexed or later is None or later.digest != message.root:
+                return
+            if self._at.installed and message.slot <= self._at.execution.slot:
                 return
             local = self._at.execution.store.snapshot()
             transfer = self.transfer = Transfer(later.slot, later.digest, local, self._out.send, transfer)

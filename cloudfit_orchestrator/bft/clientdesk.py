@@ -1,6 +1,6 @@
 """Requests from clients and replies to them (protocol §3)."""
 
-from cloudfit_orchestrator.bft.batch import batch_digest, make_batch, split_batch
+from cloudfit_orchestrator.bft.batch import batch_digest, bundle_body, make_batch, split_batch
 from cloudfit_orchestrator.bft.clients import Executed, acceptable, cached, reply_tree
 from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Answer
@@ -30,6 +30,7 @@ class ClientDesk:
         """A bundle, from its `client` or (None) handed on by a peer. Executed requests are answered from the table."""
         configuration = self._at.configuration
         if configuration is None or not self._at.installed or self._at.voice is None:
+            self._turn_away(data, client)
             return
         limits = configuration.record.parameters
         try:
@@ -58,6 +59,17 @@ class ClientDesk:
         if fresh and not self._at.pool.add(data, body, self._out.now_s) and client is not None:
             self._out.count("overloaded")
             self._out.put(Answer(client, encode(Overloaded(tuple(fresh)))))
+
+    def _turn_away(self, data: bytes, client: bytes | None) -> None:
+        """Say at once that nothing can be done for it here now: the client need not wait to ask others."""
+        if client is None:
+            return
+        try:
+            _, body = bundle_body(data)
+        except BadError:
+            self._out.count("bad_bundle")
+            return
+        self._out.put(Answer(client, encode(Overloaded(tuple(request.number for request in body.requests)))))
 
     def answer_again(self) -> None:
         """Answer what was executed before and is asked for again: one signature for all clients together."""
@@ -102,13 +114,14 @@ class ClientDesk:
             configuration.batches.name(digest, slot)
             voice.propose(slot, digest)
 
-    def forward(self, voice: Voice, configuration: Configuration) -> None:
-        """Who may not propose hands bundles on to one who may."""
+    def forward(self, voice: Voice, configuration: Configuration, *, behind: bool) -> None:
+        """Who may not propose, or is too far `behind` to, hands bundles on to one who may."""
         record, tail = configuration.record, voice.tail
         turn = proposers(record, tail.e, tail.blacklist, tail.retired)
-        if self._at.me in turn:
+        others = [replica for replica in turn if replica != self._at.me]
+        if not others or (len(others) < len(turn) and not behind):
             return
-        chosen = record.member(turn[tail.e % len(turn)])
+        chosen = record.member(others[tail.e % len(others)])
         if chosen is not None:
             for waiting in self._at.pool.to_forward():
                 self._out.send(peer_id(chosen.replica, chosen.incarnation), Forward(waiting.data))

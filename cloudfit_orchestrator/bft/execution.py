@@ -6,7 +6,7 @@ from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.store import Snapshot, StateStore
 
 PIN_S = 10.0  # a state that a peer is fetching is kept so long after its last question
-MAX_PINS = 4  # so many at a time: whoever asks cannot make us keep more
+MAX_PINS = 8  # so many at a time: whoever asks cannot make us keep more
 
 
 class Execution:

@@ -55,11 +55,11 @@ class Suspicion:
     def tick(self, *, transferring: bool) -> None:
         """Ask for the next view if something waits for too long: first a bundle is forwarded, only then suspected."""
         voice, configuration, at = self._at.voice, self._at.configuration, self._at
-        if voice is None or configuration is None or not voice.live or not at.installed:
+        if voice is None or configuration is None or not voice.live or voice.tail.wedged or not at.installed:
             return
-        if voice.tail.wedged or transferring:
+        self._desk.forward(voice, configuration, behind=transferring)
+        if transferring:
             return
-        self._desk.forward(voice, configuration)
         waiting = voice.tail.v > voice.tail.e or configuration.slots.highest > at.execution.slot
         oldest = at.pool.oldest_s()
         if not waiting and (oldest is None or self._out.now_s - oldest < self._timeout_s):

@@ -12,6 +12,7 @@ from typing import Protocol
 from cloudfit_orchestrator.bft.messages import (
     Bundle,
     BundleBody,
+    Overloaded,
     Replies,
     Request,
     bundle_bytes,
@@ -118,6 +119,7 @@ class Open:
     frame: bytes
     calls: dict[int, tuple[int, Call]]  # number -> (handle in the history, call)
     retry_s: float = RETRY_S
+    turned_away: bool = False  # by the one that was asked first
 
 
 class SimClient:
@@ -215,6 +217,10 @@ class SimClient:
             message = decode_client(body)
         except BadError:
             return
+        if isinstance(message, Overloaded) and self._open is not None and not self._open.turned_away:
+            self._open.turned_away = True  # whoever was asked first cannot help: ask all
+            for member in self._reach.newest().members:
+                self._reach.ask(self, member.replica, self._open.frame)
         if not isinstance(message, Replies) or self._open is None:
             return
         self._votes.learn(self._reach.newest())

@@ -160,6 +160,8 @@ class LibvirtCloud(Cloud):
 
     def delete_network(self, deployment: str, name: str) -> None:
         self._networks.delete(deployment, name)
+        if not self.machines(deployment):
+            self._storage(deployment).release()
 
     # Machines
 

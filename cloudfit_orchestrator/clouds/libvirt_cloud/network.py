@@ -156,7 +156,7 @@ class Networks:
                     if ours is None:
                         found.undefine()
                     if "already in use" in str(error):  # libvirt has no code of its own for it
-                        raise RefusedError(
+                        raise PermanentError(
                             f"network {full}: {network.gateway}/{network.prefix} is in use on {self._connection.uri}",
                             next_command="cloudfit group destroy, then in the spec, libvirt: {network: 10.9.0.0/24}",
                         ) from error

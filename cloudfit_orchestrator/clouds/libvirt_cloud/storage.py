@@ -38,6 +38,9 @@ _MKFS = (
 )  # fmt: skip
 
 
+_IMAGE = "image-"  # names of image files that were brought to a host, by content
+
+
 @contextmanager
 def _io(tried: str) -> Iterator[None]:
     try:
@@ -104,6 +107,10 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Delete the file."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Nothing runs from here any more: take away what was brought to the host, if nothing else is here."""
 
 
 class LocalStorage(Storage):
@@ -213,6 +220,9 @@ class LocalStorage(Storage):
         with _io(f"remove {self.path(name)}"):
             self.path(name).unlink(missing_ok=True)
 
+    def release(self) -> None:
+        pass  # images are used where they are stored
+
 
 class PoolStorage(Storage):
     """The directory as a storage pool of `connection`'s host. `user`: uid and gid that QEMU runs as there."""
@@ -310,7 +320,7 @@ class PoolStorage(Storage):
                 del capacity
 
     def place(self, source: Path, sha256: str) -> Path:
-        name = f"image-{sha256}"
+        name = _IMAGE + sha256
         with _io(f"read the image file {source}"), source.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
@@ -360,3 +370,14 @@ class PoolStorage(Storage):
         if volume is not None:
             with trying(f"delete {self.path(name)} on {self._connection.uri}"):
                 volume.delete(0)
+
+    def release(self) -> None:
+        if any(not name.startswith(_IMAGE) for name in self.names()):
+            return
+        pool = self._pool()
+        with trying(f"remove the storage pool {self._name} of {self._connection.uri}"):
+            for volume in pool.listAllVolumes(0):
+                volume.delete(0)
+            pool.destroy()
+            pool.delete(0)
+            pool.undefine()
