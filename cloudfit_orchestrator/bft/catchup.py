@@ -1,5 +1,6 @@
 """Getting what is known to exist and is not here: messages, batches, NEW-VIEWs, whole states (protocol §3, §4)."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,7 +36,7 @@ class CatchUp:
     def __init__(self, situation: Situation, outbox: Outbox) -> None:
         self._at = situation
         self._out = outbox
-        self._turn = 0
+        self._questions: Counter[str] = Counter()  # asked so far, by kind
         self._asked: dict[str, tuple[int, int, float]] = {}  # replica -> (first, last, when) of the FETCH under way
         self._batches_asked: tuple[bytes, ...] = ()
         self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
@@ -48,7 +49,6 @@ class CatchUp:
         configuration, others = self._at.configuration, self._at.others
         if configuration is None or not others or not self._out.every("fetch", FETCH_S):
             return
-        self._turn += 1
         c = configuration.record.c
         ahead = {replica_of(peer): beacon.cv for peer, beacon in self._at.beacons.items()}
         for replica, stream in configuration.streams.items():
@@ -62,17 +62,17 @@ class CatchUp:
                 last = min(needed, first + MAX_FETCH - 1)
                 self._asked[replica] = (first, last, self._out.now_s)
                 self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
-        asked = others[self._turn % len(others)]
         wanted = sorted(configuration.wanted.batches)
         if len(wanted) > MAX_FETCH:  # turn by turn: who withholds many must not hide the one that matters
-            at = self._turn * MAX_FETCH % len(wanted)
+            at = self._questions["batches"] * MAX_FETCH % len(wanted)
             wanted = (wanted[at:] + wanted[:at])[:MAX_FETCH]
         batches = tuple(wanted)
         if batches and (batches != self._batches_asked or self._out.due("batches")):
             self._batches_asked = batches
             self._out.later("batches", PATIENCE_S)
-            self._out.send(asked, FetchBatches(batches))
+            self._out.send(self._next(others, "batches"), FetchBatches(batches))
         if configuration.wanted.views and self._out.every("views", PATIENCE_S / 2):
+            asked = self._next(others, "views")
             for g in sorted(configuration.wanted.views)[:4]:
                 self._out.send(asked, FetchNewView(c, g))
 
@@ -103,9 +103,17 @@ class CatchUp:
     def _source(self, others: list[str], replica: str) -> str:
         """Every other time the stream's owner, else the next peer: the owner may be faulty, or down."""
         owner = next((peer for peer in others if replica_of(peer) == replica), None)
-        if owner is not None and self._turn % 2:
+        self._questions[replica] += 1
+        if owner is not None and self._questions[replica] % 2:
             return owner
-        return others[(self._turn // 2) % len(others)]
+        return self._next(others, f"streams like {replica}")
+
+    def _next(self, others: list[str], question: str) -> str:
+        """Each peer in turn. Counted by question: a common count that time drives could fall into step with the
+        retries, and then one and the same peer, perhaps a silent one, would be asked for ever.
+        """
+        self._questions[question] += 1
+        return others[self._questions[question] % len(others)]
 
     def answer(self, peer: str, message: PeerMessage) -> bool:
         """Answer a question. False if it was none."""

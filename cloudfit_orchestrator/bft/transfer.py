@@ -126,7 +126,9 @@ class Transfer:
             from_disk.update(wanted)
             self._ask(source, wanted, MAX_CHUNKS_ASKED, now_s)
         rest = [i for i in lacking if i not in from_disk]
-        self._turn += 1  # the shares move on, so that no chunk depends on one silent peer
+        if not rest:
+            return
+        self._turn += 1  # with each question, not with time: no chunk depends on one silent peer
         turn = self._turn % len(peers)
         for position, source in enumerate(peers[turn:] + peers[:turn]):
             share = [i for i in rest if i not in self._refused.get(source, ())][position :: len(peers)]
