@@ -40,10 +40,17 @@ def check_drivers(spec: GroupSpec) -> None:
         )
 
 
-def image_of(context: Context, spec: GroupSpec, replica: str) -> Image:
-    """The verified image that `replica` boots: the SIL's verdict comes before any cloud call."""
-    reference = ADVERSARY_IMAGE if replica in spec.adversary else spec.image
+def image_of(context: Context, spec: GroupSpec, replica: str, pinned: str = "") -> Image:
+    """The verified image that `replica` boots: the SIL's verdict comes before any cloud call. `pinned`: what the
+    operation began with, as a name may mean another image when it is run again.
+    """
+    reference = pinned or (ADVERSARY_IMAGE if replica in spec.adversary else spec.image)
     return context.images.verified(reference, spec.cloud_of(replica).driver, allow_adversary=spec.allow_adversary)
+
+
+def pin(image: Image) -> str:
+    """The reference that means this very image for ever."""
+    return f"{image.manifest.name}@{image.digest}"
 
 
 def draft_record(
@@ -87,10 +94,14 @@ def apply(context: Context, spec: GroupSpec) -> Applied:
         raise RefusedError(
             f"group {spec.group} is being destroyed", next_command=f"cloudfit group destroy {spec.group}"
         )
-    images = {r: image_of(context, spec, r) for r, _ in spec.placement}  # before anything is written or made
+    begun = context.journal.open_of(spec.group)
+    pinned = begun.arguments.get("images", {}) if begun is not None and begun.kind == "apply" else {}
+    # Before anything is written or made:
+    images = {r: image_of(context, spec, r, pinned.get(r, "")) for r, _ in spec.placement}
     if known is None:
         context.journal.put_group(spec.group, GroupState.APPLYING, text)
-    operation = context.journal.open_operation("apply", spec.group, "", {})
+    names = {replica: pin(image) for replica, image in images.items()}
+    operation = context.journal.open_operation("apply", spec.group, "", {"images": names})
     launched = _launch_all(context, operation, spec, images)
     seats = [seat(found, agent) for found, agent in launched]
     configurer = Configurer(

@@ -12,7 +12,7 @@ from typing import Any
 from cloudfit_orchestrator.clouds.base import DiskSnapshot, Machine, MachineState
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.agents import GuestRef, NoEpochError, NotAdmittedError, Report
-from cloudfit_orchestrator.controller.apply import active_record, draft_record, seat
+from cloudfit_orchestrator.controller.apply import active_record, draft_record, pin, seat
 from cloudfit_orchestrator.controller.configure import Configurer, Seat
 from cloudfit_orchestrator.controller.journal import Operation
 from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, ownership
@@ -57,7 +57,10 @@ def recover(context: Context, group: str, replica: str, *, suspected: bool = Fal
     running = context.journal.open_of(group)
     if running is None:
         base = active_record(context, group)
-        arguments = _judge(context, spec_file.from_json(row.spec), base, replica, suspected=suspected)
+        spec = spec_file.from_json(row.spec)
+        arguments = _judge(context, spec, base, replica, suspected=suspected)
+        new = context.images.verified(spec.image, spec.cloud_of(replica).driver, allow_adversary=spec.allow_adversary)
+        arguments["image"] = pin(new)
     else:
         arguments = {}
     operation = context.journal.open_operation("recover", group, replica, arguments)
@@ -305,7 +308,7 @@ class _Recovery:
         """The new machine, launched or found; admitted again in each run, which costs a measurement only."""
         if self._launched is None:
             image = self._x.images.verified(
-                self._spec.image, self._cloud.driver, allow_adversary=self._spec.allow_adversary
+                self._op.arguments["image"], self._cloud.driver, allow_adversary=self._spec.allow_adversary
             )
             self._launched = launch(
                 self._x, self._op, self._spec, replica=self._replica, image=image, agent=self._own_agent()

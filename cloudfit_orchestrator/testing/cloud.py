@@ -646,6 +646,7 @@ class FakeImages:
         """See `Images`."""
         del driver
         self._verify(reference)
+        reference = reference.partition("@")[0]
         if reference == "adversary" and not allow_adversary:
             raise RefusedError("image adversary is an adversary", next_command="allow_adversary: true")
         if reference not in self._made:
