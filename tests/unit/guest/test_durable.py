@@ -110,6 +110,8 @@ async def _full(tmp_path, monkeypatch):
     await until(lambda: "vote" in disk.events)
     assert disk.events[:4] == ["full", "sync", "ok", "vote"]
     await until(lambda: not disk.durable.stalled)
+    disk.after("another")  # what is written without anybody waiting for it may be lost
+    await until(lambda: "another" in disk.events)
     await disk.durable.close()
     assert disk.logged() == [b"x" * 60, b"y" * 60]
 
