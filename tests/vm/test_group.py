@@ -124,6 +124,12 @@ def members(user: User) -> dict[str, int]:
     return {m["replica"]: m["incarnation"] for m in user.json("group", "show", GROUP)["members"]}
 
 
+def names_in_libvirt() -> list[str]:
+    """Of all machines and networks there are, running or not."""
+    connection = libvirt.open("qemu:///system")
+    return [x.name() for x in (*connection.listAllDomains(), *connection.listAllNetworks())]
+
+
 def test_apply_write_recover_destroy(user: User) -> None:
     user.run("image", "build")
     names = {name for image in user.json("image", "list")["images"] for name in image["names"]}
@@ -160,12 +166,10 @@ def test_apply_write_recover_destroy(user: User) -> None:
     assert get(user, "colour") == "red"
     user.run("config", "verify", GROUP)
 
+    deployment = user.machines_dir()[0].name
+    assert sum(deployment in name for name in names_in_libvirt()) == 6  # three machines, three networks
+    assert len(user.agents()) == 3
     user.run("group", "destroy", GROUP)
-    assert user.domains() == {}
+    assert not [name for name in names_in_libvirt() if deployment in name]
     assert user.agents() == []
-    left = [path for place in user.machines_dir() for path in place.iterdir()]
-    assert left == []
-    connection = libvirt.open("qemu:///system")
-    deployments = {place.name for place in user.machines_dir()}
-    networks = [n.name() for n in connection.listAllNetworks()]
-    assert not [name for name in networks if any(name.startswith(d) for d in deployments)]
+    assert [path for place in user.machines_dir() for path in place.iterdir()] == []
