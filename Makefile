@@ -36,7 +36,7 @@ lint: python
 	$(BIN)/lint-imports
 
 unit: python
-	$(BIN)/pytest -n $(JOBS) -m 'not vm and not image'
+	$(BIN)/pytest -n $(JOBS) -m 'not vm and not image and not openstack and not ansible'
 
 vm: setup
 	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m 'vm or image'
