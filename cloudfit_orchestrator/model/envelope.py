@@ -16,6 +16,7 @@ from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import Ed25519Verifier, public_bytes, sha256
 
 MAX_ENVELOPE_BYTES = 1 << 20  # the largest record holds tens of members and client certificates: tens of KB
+MAX_SIGNATURES = 16  # checking thousands that fit into an envelope would stop whoever opens it for a second
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:
@@ -35,7 +36,7 @@ class Opened:
         """The payload as JSON. Raises BadError if it is none."""
         try:
             return json.loads(self.payload)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadError(f"signed payload is not JSON: {error}") from error
 
 
@@ -70,7 +71,9 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: list[bytes]) -> O
     except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise BadError(f"envelope is malformed: {type(error).__name__}: {error}") from error
     if got_type != payload_type:
-        raise BadError(f"envelope holds {got_type!r}, expected {payload_type!r}")
+        raise BadError(f"envelope holds {got_type!r:.100}, expected {payload_type!r}")
+    if len(signatures) > MAX_SIGNATURES or not all(isinstance(name, str) for name, _ in signatures):
+        raise BadError(f"envelope has {len(signatures)} signatures, or a key id that is no text")
     known = {key_id(public): public for public in trusted}
     verifier = Ed25519Verifier()
     for name, signature in signatures:
@@ -78,5 +81,5 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: list[bytes]) -> O
         if public is not None and verifier.verify(public, pae(payload_type, payload), signature):
             return Opened(payload, public)
     if not any(name in known for name, _ in signatures):
-        raise BadError(f"envelope is signed by {[n for n, _ in signatures]}, none of which is trusted")
+        raise BadError(f"envelope is signed by {[n[:32] for n, _ in signatures]}, none of which is trusted")
     raise BadError("signature of the envelope does not match its payload")

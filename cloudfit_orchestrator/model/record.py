@@ -14,7 +14,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.model.envelope import open_envelope, seal
-from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.errors import BadError, BadInputError
 from cloudfit_orchestrator.model.quorum import Quorums, quorums
 from cloudfit_orchestrator.model.signing import Verifier, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
@@ -188,9 +188,9 @@ def open_record(envelope: bytes, trusted: list[bytes]) -> ConfigRecord:
     doc = open_envelope(envelope, RECORD_TYPE, trusted).json()
     try:
         record = _decode(doc)
-    except (KeyError, TypeError, ValueError) as error:
+        _check(record)
+    except (KeyError, TypeError, ValueError, AttributeError, BadInputError) as error:
         raise BadError(f"configuration record is malformed: {type(error).__name__}: {error}") from error
-    _check(record)
     return record
 
 
