@@ -96,6 +96,7 @@ class Simulation:
         self._agreed: dict[tuple[int, Kind, int], tuple[bytes, str]] = {}
         self._trouble = False
         self._off: set[str] = set()  # machines that stay off
+        self._replacing = False  # from the launch of a new machine until the one that it replaces is gone
         self._machines: dict[str, Machine] = {}
         signers = [keys.generate(self._stream(f"client {i}")) for i in range(profile.clients)]
         self.controller = SimController(
@@ -296,9 +297,10 @@ class Simulation:
 
     def _replace_some(self) -> None:
         rng = self._stream("replace")
-        if self.controller.busy:
+        if self.controller.busy or self._replacing:
             self.schedule.after(1.0, self._replace_some)
             return
+        self._replacing = True
         taken = [m for m in self._group if not m.correct]
         old = rng.choice(taken or self._group)
         self._incarnation += 1
@@ -321,6 +323,7 @@ class Simulation:
     def _switched(self, old: Machine, machines: list[Machine]) -> None:
         self.trace("world", f"{old.name} is gone")
         old.crash()
+        self._replacing = False
         self._group = machines
         if self.profile.mobile and self._trouble and sum(not m.correct for m in machines) < self._f:
             # The adversary moves on. Who was faulty before counted in the configuration that has just been replaced.
