@@ -1,7 +1,7 @@
 """Requests from clients and replies to them (protocol §3)."""
 
 from cloudfit_orchestrator.bft.batch import batch_digest, bundle_body, make_batch, split_batch
-from cloudfit_orchestrator.bft.clients import Executed, acceptable, cached, reply_tree
+from cloudfit_orchestrator.bft.clients import ClientWindow, Executed, reply_tree
 from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Answer
 from cloudfit_orchestrator.bft.journal import LogBatch
@@ -42,14 +42,14 @@ class ClientDesk:
         if too_large or (client is not None and body.client != client):
             self._out.count("bad_bundle")
             return
-        store = self._at.execution.store
+        row = ClientWindow(self._at.execution.store, body.client)
         known: list[Result] = []
         fresh: list[int] = []
         for request in body.requests:
-            result = cached(store, body.client, request.number)
+            result = row.cached(request.number)
             if result is not None:
                 known.append(Result(request.number, result))
-            elif acceptable(store, body.client, request.number, limits.client_window):
+            elif row.acceptable(request.number, limits.client_window):
                 fresh.append(request.number)
         if known and client is not None:
             again = self._again.setdefault(body.client, {})
@@ -129,11 +129,10 @@ class ClientDesk:
     def prune(self, configuration: Configuration) -> None:
         """Bundles that were executed under another wrapping, or left their client's window, wait for nothing."""
         width = configuration.record.parameters.client_window
-        store = self._at.execution.store
         for waiting in self._at.pool.bundles():
-            client = waiting.body.client
+            row = ClientWindow(self._at.execution.store, waiting.body.client)
             numbers = [request.number for request in waiting.body.requests]
-            if all(cached(store, client, n) is not None or not acceptable(store, client, n, width) for n in numbers):
+            if all(row.cached(n) is not None or not row.acceptable(n, width) for n in numbers):
                 self._at.pool.remove(waiting.data)
 
     def recheck(self, configuration: Configuration) -> None:

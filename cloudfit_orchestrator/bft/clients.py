@@ -1,25 +1,37 @@
 """The client table and execution (protocol §3): a window of request numbers per client and the reply of each.
 
 It lives in the state store under the library's reserved keys: the state's root covers it, a checkpoint carries it, and
-a state transfer brings it along.
+a state transfer brings it along. Replies of neighbouring numbers share a *page*, one entry of the store: a client's
+numbers come one after the other, and a bundle then costs one entry, not one a request.
 """
 
 import struct
 from dataclasses import dataclass
 
+import msgspec
+
 from cloudfit_orchestrator.bft.interfaces import Service
-from cloudfit_orchestrator.bft.messages import BundleBody, Request, Result, reply_leaf, reply_node
+from cloudfit_orchestrator.bft.messages import BundleBody, Result, reply_leaf, reply_node
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.errors import BadInputError
 
 MAX_RESULT = 128 << 10  # bytes kept and sent; a larger result is an error of the request
 MAX_REPLIES_BYTES = 2 << 20  # kept for one client; the window shrinks from below to stay under it
 TOO_LARGE = b"\xc1result too large"  # 0xc1 is never used by msgpack: no service answers so
+PAGE = 64  # numbers whose replies share an entry
+LARGE = 1024  # bytes; a longer reply has an entry of its own, so a page has at most 64 KiB
 _WINDOW = struct.Struct(">QQQ")  # low (answered no more), high (highest seen), bytes kept
+_Page = list[bytes | int | None]  # by number: the reply; the length of one that is kept apart; none
+_pages = msgspec.msgpack.Decoder(_Page)
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def _window_key(client: bytes) -> bytes:
     return StateStore.RESERVED + b"w" + client
+
+
+def _page_key(client: bytes, index: int) -> bytes:
+    return StateStore.RESERVED + b"p" + client + index.to_bytes(8, "big")
 
 
 def _reply_key(client: bytes, number: int) -> bytes:
@@ -34,67 +46,117 @@ class Executed:
     results: tuple[Result, ...]
 
 
-def window(store: StateStore, client: bytes) -> tuple[int, int]:
-    """(low, high): numbers up to `low` are refused, `high` is the highest executed."""
-    low, high, _ = _WINDOW.unpack(store.get(_window_key(client)) or bytes(_WINDOW.size))
-    return low, high
+class ClientWindow:
+    """One client's row of the table, read once for many requests. What `keep` changes is in the store after `save`."""
 
+    def __init__(self, store: StateStore, client: bytes) -> None:
+        """Numbers up to `low` are refused; `high` is the highest executed."""
+        self._store = store
+        self._client = client
+        self.low, self.high, self._bytes = _WINDOW.unpack(store.get(_window_key(client)) or bytes(_WINDOW.size))
+        self._read: dict[int, _Page] = {}
+        self._changed: set[int] = set()
 
-def cached(store: StateStore, client: bytes, number: int) -> bytes | None:
-    """The kept reply of an executed request, or None."""
-    return store.get(_reply_key(client, number))
+    def cached(self, number: int) -> bytes | None:
+        """The kept reply of an executed request, or None."""
+        if not self.low < number <= self.high:
+            return None
+        reply = self._page(number // PAGE)[number % PAGE]
+        return self._store.get(_reply_key(self._client, number)) if isinstance(reply, int) else reply
 
+    def acceptable(self, number: int, width: int) -> bool:
+        """Whether an executed or new request with `number` is inside the window of `width`; the first number seen may
+        be any.
+        """
+        return self.low < number and (self.high == 0 or number <= self.high + width)
 
-def acceptable(store: StateStore, client: bytes, number: int, width: int) -> bool:
-    """Whether an executed or new request with `number` is inside the client's window of `width`."""
-    low, high = window(store, client)
-    return low < number and (high == 0 or number <= high + width)  # the first number seen may be any
+    def keep(self, number: int, reply: bytes, width: int) -> None:
+        """A request was executed. The window moves up to it, and shrinks from below to stay under its bytes."""
+        if self.high == 0:
+            self.low = max(0, number - width)
+        self.high = max(self.high, number)
+        self._bytes += len(reply)
+        while self.low < self.high - width or self._bytes > MAX_REPLIES_BYTES + len(reply):
+            self._drop_lowest()
+        if number <= self.low:  # the window closed over it
+            self._bytes -= len(reply)
+            return
+        index = number // PAGE
+        page = self._page(index)
+        self._changed.add(index)
+        if len(reply) <= LARGE:
+            page[number % PAGE] = reply
+            return
+        try:
+            self._store.put_reply(_reply_key(self._client, number), reply)
+        except BadInputError:
+            self._close_over(number)
+            self._bytes -= len(reply)
+        else:
+            page[number % PAGE] = len(reply)
+
+    def save(self) -> None:
+        """Write what `keep` changed."""
+        for index in sorted(self._changed):
+            if (index + 1) * PAGE - 1 <= self.low:
+                continue
+            try:
+                self._store.put_reply(_page_key(self._client, index), _encode(self._page(index)))
+            except BadInputError:
+                self._close_over(min(self.high, (index + 1) * PAGE - 1))
+        self._changed.clear()
+        self._store.put(_window_key(self._client), _WINDOW.pack(self.low, self.high, self._bytes))
+
+    def _close_over(self, number: int) -> None:
+        """The bucket is full: what cannot be remembered must not be executed again, so the window closes over it."""
+        while self.low < number:
+            self._drop_lowest()
+
+    def _drop_lowest(self) -> None:
+        self.low += 1
+        index = self.low // PAGE
+        reply = self._page(index)[self.low % PAGE]
+        if isinstance(reply, int):
+            self._store.delete(_reply_key(self._client, self.low))
+        if reply is not None:
+            self._bytes -= reply if isinstance(reply, int) else len(reply)
+        if self.low % PAGE == PAGE - 1:
+            self._store.delete(_page_key(self._client, index))
+            del self._read[index]
+
+    def _page(self, index: int) -> _Page:
+        page = self._read.get(index)
+        if page is None:
+            data = self._store.get(_page_key(self._client, index))
+            page = self._read[index] = _pages.decode(data) if data is not None else [None] * PAGE
+        return page
 
 
 def execute(store: StateStore, service: Service, bodies: tuple[BundleBody, ...], width: int) -> list[Executed]:
     """Execute a decided batch: each request once, in order; a repeated one gets its kept reply; one outside the
     client's window gets none. Returns the results by client, in order of first appearance.
     """
+    view = store.service_view()
     by_client: dict[bytes, list[Result]] = {}
     for body in bodies:
         results = by_client.setdefault(body.client, [])
+        row = ClientWindow(store, body.client)
+        changed = False
         for request in body.requests:
-            result = _execute_one(store, service, body.client, request, width)
-            if result is not None:
-                results.append(Result(request.number, result))
+            number = request.number
+            result = row.cached(number)
+            if result is None:
+                if not row.acceptable(number, width):
+                    continue
+                result = service.execute(view, request.operation)
+                if len(result) > MAX_RESULT:
+                    result = TOO_LARGE
+                row.keep(number, result, width)
+                changed = True
+            results.append(Result(number, result))
+        if changed:
+            row.save()
     return [Executed(client, tuple(results)) for client, results in by_client.items() if results]
-
-
-def _execute_one(store: StateStore, service: Service, client: bytes, request: Request, width: int) -> bytes | None:
-    number = request.number
-    key = _reply_key(client, number)
-    kept = store.get(key)
-    if kept is not None:
-        return kept
-    low, high, total = _WINDOW.unpack(store.get(_window_key(client)) or bytes(_WINDOW.size))
-    if high == 0:
-        low = max(0, number - width)
-    elif not low < number <= high + width:
-        return None
-    result = service.execute(store.service_view(), request.operation)
-    if len(result) > MAX_RESULT:
-        result = TOO_LARGE
-    high = max(high, number)
-    total += len(result)
-    while low < high - width or total > MAX_REPLIES_BYTES + len(result):
-        low += 1
-        old = store.get(_reply_key(client, low))
-        if old is not None:
-            total -= len(old)
-            store.delete(_reply_key(client, low))
-    if low < number:
-        try:
-            store.put_reply(key, result)
-        except BadInputError:  # the bucket is full: the window closes over the request, it will not be executed again
-            total -= len(result)
-            low = max(low, number)
-    store.put(_window_key(client), _WINDOW.pack(low, high, total))
-    return result
 
 
 def reply_tree(executed: list[Executed]) -> tuple[bytes, list[tuple[tuple[bool, bytes], ...]]]:

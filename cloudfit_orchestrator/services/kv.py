@@ -105,16 +105,17 @@ class KvService:
             decoded: Operation = _operations.decode(operation)
         except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: a tag that is not UTF-8
             return _encoder.encode(Failed("malformed operation"))
-        return _encoder.encode(self._apply(store, decoded))
+        result = self._apply(store, decoded)
+        return _DONE[result.changed] if type(result) is Done else _encoder.encode(result)
 
     def _apply(self, store: StateStore, operation: Operation) -> Result:
+        kind = type(operation)
         key = operation.prefix if isinstance(operation, List) else operation.key
-        if not isinstance(operation, List) and (not key or key.startswith(store.RESERVED)):
+        if kind is not List and (not key or key.startswith(store.RESERVED)):
             return Failed("a key must not be empty and must not begin with a zero byte")
         if len(key) > MAX_KEY:
             return Failed(f"a key has at most {MAX_KEY} bytes")
-        handler: Callable[[StateStore, Any], Result] = _HANDLERS[type(operation)]
-        return handler(store, operation)
+        return _HANDLERS[kind](store, operation)
 
 
 def _get(store: StateStore, operation: Get) -> Result:
@@ -161,6 +162,7 @@ def _list(store: StateStore, operation: List) -> Result:
     return Entries(items, more=False)
 
 
+_DONE = {changed: _encoder.encode(Done(changed)) for changed in (False, True)}  # most results: made once
 _HANDLERS: dict[type, Callable[[StateStore, Any], Result]] = {
     Get: _get,
     Put: _put,

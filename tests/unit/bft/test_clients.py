@@ -8,13 +8,11 @@ from cloudfit_orchestrator.bft import clients
 from cloudfit_orchestrator.bft.clients import (
     MAX_RESULT,
     TOO_LARGE,
+    ClientWindow,
     Executed,
-    acceptable,
-    cached,
     execute,
     reply_root,
     reply_tree,
-    window,
 )
 from cloudfit_orchestrator.bft.messages import BundleBody, Request, Result, reply_leaf
 from cloudfit_orchestrator.bft.store import Snapshot, StateStore
@@ -33,6 +31,11 @@ class Echo:
     def execute(self, store: StateStore, operation: bytes) -> bytes:
         self.executed.append(operation)
         return bytes(int.from_bytes(operation, "big"))
+
+
+def window(store: StateStore, client: bytes) -> tuple[int, int]:
+    row = ClientWindow(store, client)
+    return row.low, row.high
 
 
 def body(*requests: tuple[int, int], client: bytes = ME) -> BundleBody:
@@ -81,9 +84,9 @@ def test_numbers_outside_the_window_get_no_reply_and_change_nothing() -> None:
     assert store.root() == root
     run(store, body((1 + WIDTH, 1)))
     assert window(store, ME) == (1, 1 + WIDTH)
-    assert cached(store, ME, 1) is None, "its reply went with the window"
+    assert ClientWindow(store, ME).cached(1) is None, "its reply went with the window"
     assert run(store, body((1, 1))) == []
-    assert [acceptable(store, ME, n, WIDTH) for n in (1, 2, 9, 17, 18)] == [False, True, True, True, False]
+    assert [ClientWindow(store, ME).acceptable(n, WIDTH) for n in (1, 2, 9, 17, 18)] == [False, True, True, True, False]
 
 
 def test_clients_do_not_share_a_window() -> None:
@@ -105,7 +108,7 @@ def test_kept_replies_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> N
     echo = Echo()
     for n in range(1, 7):
         execute(store, echo, (sized(n, 400),), WIDTH)
-    kept = [n for n in range(1, 7) if cached(store, ME, n) is not None]
+    kept = [n for n in range(1, 7) if ClientWindow(store, ME).cached(n) is not None]
     assert kept == [4, 5, 6], "the window shrinks from below; the newest reply always fits"
     before = len(echo.executed)
     execute(store, echo, (sized(1, 400),), WIDTH)
@@ -138,7 +141,7 @@ def test_each_request_is_executed_at_most_once_and_deterministically(said: list[
     seen: set[tuple[bytes, int]] = set()
     total = 0
     for client, number, delta in said:
-        before = acceptable(stores[0], client, number, WIDTH) and (client, number) not in seen
+        before = ClientWindow(stores[0], client).acceptable(number, WIDTH) and (client, number) not in seen
         outcomes = [run(store, body((number, delta), client=client)) for store in stores]
         assert outcomes[0] == outcomes[1]
         if before:
