@@ -204,19 +204,19 @@ class Certifier:
     def _ask_ui(self, c: int, cv: int, digest: bytes) -> None:
         current = self._round
         body = CREATE_UI.pack(self._session, c, cv, digest)
-        future = self._channel.request(FrameKind.CREATE_UI, body)
-        future.add_done_callback(lambda done: self._ui_answered(current, c, cv, done))
+        self._channel.ask(FrameKind.CREATE_UI, body, lambda answer: self._ui_answered(current, c, cv, answer))
 
-    def _ui_answered(self, current: int, c: int, cv: int, done: "asyncio.Future[bytes]") -> None:
-        error = None if done.cancelled() else done.exception()
-        if done.cancelled() or current != self._round or isinstance(error, ChannelLostError):
+    def _ui_answered(
+        self, current: int, c: int, cv: int, answer: bytes | WormholeRefusedError | ChannelLostError
+    ) -> None:
+        if current != self._round or isinstance(answer, ChannelLostError):
             return
         self._uis.pop((c, cv), None)
-        if isinstance(error, WormholeRefusedError):
-            self._ui_refused(c, error.code)
+        if isinstance(answer, WormholeRefusedError):
+            self._ui_refused(c, answer.code)
             return
         self._last_refusal = None
-        answered, certificate = UI_CERT.unpack(done.result())
+        answered, certificate = UI_CERT.unpack(answer)
         assert answered == cv
         self._call(self._core.certified, c, cv, certificate)
 
@@ -232,18 +232,15 @@ class Certifier:
     def _ask_sign(self, effect: Sign) -> None:
         body = SIGN_HEAD.pack(effect.c, effect.kind) + effect.body
 
-        def answered(done: "asyncio.Future[bytes]") -> None:
-            error = None if done.cancelled() else done.exception()
-            if done.cancelled() or isinstance(error, ChannelLostError):
+        def answered(answer: bytes | WormholeRefusedError | ChannelLostError) -> None:
+            if isinstance(answer, ChannelLostError) or self._statements.pop(effect.token, None) is None:
                 return
-            if self._statements.pop(effect.token, None) is None:
-                return
-            if error is not None:
+            if isinstance(answer, WormholeRefusedError):
                 self._counters[f"statement {effect.kind.name} refused"] += 1
             else:
-                self._call(self._core.signed, effect.token, done.result())
+                self._call(self._core.signed, effect.token, answer)
 
-        self._channel.request(FrameKind.SIGN, body).add_done_callback(answered)
+        self._channel.ask(FrameKind.SIGN, body, answered)
 
     def _ask_end(self, effect: EndEpoch) -> None:
         task = asyncio.get_running_loop().create_task(self._end(effect))

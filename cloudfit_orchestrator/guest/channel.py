@@ -50,6 +50,9 @@ class Handlers:
     command: Callable[[dict[str, Any]], None]
 
 
+Answered = Callable[[bytes | WormholeRefusedError | ChannelLostError], None]  # the answer's body, or why there is none
+
+
 class Channel:
     """One connection at a time, made again for ever. Run `run()` as a task."""
 
@@ -57,7 +60,7 @@ class Channel:
         """Nothing happens before `run`."""
         self._port = port
         self._handlers = handlers
-        self._waiting: deque[tuple[int, FrameKind, asyncio.Future[bytes]]] = deque()
+        self._waiting: deque[tuple[int, FrameKind, Answered]] = deque()
         self._stream: _FdStream | None = None
         self._last_request = 0
         self.counters: Counter[str] = Counter()
@@ -73,13 +76,27 @@ class Channel:
         It fails with WormholeRefusedError or ChannelLostError.
         """
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        if self._stream is None or len(self._waiting) >= MAX_OUTSTANDING:
+
+        def answered(outcome: bytes | WormholeRefusedError | ChannelLostError) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, bytes):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+        if not self.ask(kind, body, answered):
             future.set_exception(ChannelLostError("the wormhole's channel is not open, or too much is under way"))
-            return future
-        self._last_request = self._last_request % 0xFFFFFFFF + 1
-        self._waiting.append((self._last_request, kind, future))
-        self._stream.write(frame(kind, self._last_request, body))
         return future
+
+    def ask(self, kind: FrameKind, body: bytes, answered: Answered) -> bool:
+        """Send a request now, and call `answered` once; never from within. False, and no call, if it cannot be sent."""
+        if self._stream is None or len(self._waiting) >= MAX_OUTSTANDING:
+            return False
+        self._last_request = self._last_request % 0xFFFFFFFF + 1
+        self._waiting.append((self._last_request, kind, answered))
+        self._stream.write(frame(kind, self._last_request, body))
+        return True
 
     async def run(self) -> None:
         """Open, greet, read; again after each loss, with a bounded back-off. Ends only when cancelled."""
@@ -124,24 +141,21 @@ class Channel:
             return
         if not self._waiting or self._waiting[0][0] != request:
             raise BadError(f"the wormhole answered request {request}, which is not the oldest one open")
-        _, asked, future = self._waiting.popleft()
-        if future.done():
-            return
+        _, asked, answered = self._waiting.popleft()
         if kind == FrameKind.ERROR and len(body) >= 2:
             code = int.from_bytes(body[:2], "big")
-            future.set_exception(WormholeRefusedError(code, body[2:].decode("utf-8", "replace")))
+            answered(WormholeRefusedError(code, body[2:].decode("utf-8", "replace")))
         elif kind == _ANSWERS[asked]:
-            future.set_result(body)
+            answered(body)
         else:
-            future.set_exception(ChannelLostError(f"the wormhole answered {asked.name} with kind {kind}"))
+            answered(ChannelLostError(f"the wormhole answered {asked.name} with kind {kind}"))
             raise BadError(f"the wormhole answered {asked.name} with kind {kind}")
 
     def _forget(self) -> None:
         was_open, self._stream = self._stream is not None, None
         waiting, self._waiting = self._waiting, deque()
-        for _, kind, future in waiting:
-            if not future.done():
-                future.set_exception(ChannelLostError(f"the channel was lost before the wormhole answered {kind.name}"))
+        for _, kind, answered in waiting:
+            answered(ChannelLostError(f"the channel was lost before the wormhole answered {kind.name}"))
         if was_open:
             self._handlers.lost()
 
@@ -163,8 +177,9 @@ class _FdStream:
         self._fd = fd
         self._loop = asyncio.get_running_loop()
         self._out = bytearray()
-        self._reader: asyncio.Future[None] | None = None
+        self._waker: asyncio.Future[None] | None = None
         self._scheduled = False
+        self._loop.add_reader(fd, self._readable)
 
     async def read(self) -> bytes:
         """Some bytes. Raises EOFError at the end, OSError."""
@@ -172,7 +187,8 @@ class _FdStream:
             try:
                 data = os.read(self._fd, _READ_BYTES)
             except (BlockingIOError, InterruptedError):
-                await self._readable()
+                self._waker = self._loop.create_future()
+                await self._waker
                 continue
             if not data:
                 raise EOFError("the host closed the channel")
@@ -193,14 +209,9 @@ class _FdStream:
             self._fd = -1
         self._out.clear()
 
-    async def _readable(self) -> None:
-        future = self._loop.create_future()
-        self._loop.add_reader(self._fd, _resolve, future)
-        try:
-            await future
-        finally:
-            if self._fd >= 0:
-                self._loop.remove_reader(self._fd)
+    def _readable(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
 
     def _flush(self) -> None:
         if self._fd < 0 or not self._out:
@@ -217,8 +228,3 @@ class _FdStream:
         else:
             self._loop.remove_writer(self._fd)
             self._scheduled = False
-
-
-def _resolve(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)

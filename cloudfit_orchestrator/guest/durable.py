@@ -1,12 +1,14 @@
 """The durability rule (bft/effects.py): what must be on disk before something leaves, and how many share one fsync.
 
-Log operations and actions stand in one queue. While one fsync runs in a thread, the queue grows; the next round takes
-all of it: writes what is to be written, syncs once, then carries out the actions in their order. On a full disk the
-round is tried again until there is room, and no action of it or behind it is carried out: the replica has stopped
-voting. After a failed write nothing is carried out any more.
+Log operations and actions stand in one queue. A round takes all of it: writes what is to be written, syncs once, then
+carries out the actions in their order. On a slow disk the sync runs in a thread, and the queue grows meanwhile; on a
+quick one it runs in the event loop, as the way to a thread and back would take longer. On a full disk the round is
+tried again until there is room, and no action of it or behind it is carried out: the replica has stopped voting. After
+a failed write nothing is carried out any more.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ from cloudfit_orchestrator.guest.wal import WriteAheadLog
 MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: take no more input
 MAX_WAITING_SAVES = 4  # snapshots not on disk yet; the oldest gives way, it is never answered
 FULL_RETRY_S = 1.0
+QUICK_SYNC_S = 0.0005  # two switches between threads of a busy interpreter take about that, or much longer
+_SMOOTHING = 8  # rounds that the mean duration of a sync remembers
 
 Action = Callable[[], None]
 
@@ -55,6 +59,8 @@ class Durable:
         self._waiting_bytes = 0
         self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
         self._log_task: asyncio.Task[None] | None = None
+        self._scheduled = False
+        self._sync_s = 1.0  # mean duration of a round's writing; slow until it is known to be quick
         self._job_task: asyncio.Task[None] | None = None
         self._log_thread = ThreadPoolExecutor(1, "log")
         self._job_thread = ThreadPoolExecutor(1, "snapshots")
@@ -73,7 +79,7 @@ class Durable:
 
     def after(self, action: Action) -> None:
         """Carry `action` out once everything written before it is durable; at once if it is."""
-        if not self._queue and self._log_task is None and not self.failed:
+        if not self._queue and self._log_task is None and not self._scheduled and not self.failed:
             action()
         else:
             self._queue.append(action)
@@ -104,28 +110,61 @@ class Durable:
         self.log.close()
 
     def _start(self) -> None:
-        if self._log_task is None and not self.failed:
-            self._log_task = asyncio.get_running_loop().create_task(self._write_rounds())
+        if self._log_task is None and not self._scheduled and not self.failed:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._begin)
+
+    def _begin(self) -> None:
+        """The effects of this turn of the loop are all queued: write them."""
+        self._scheduled = False
+        current: _Round | None = None
+        try:
+            while self._queue and not self.failed:
+                current = self._next_round()
+                if current.rewrite is not None or self._sync_s > QUICK_SYNC_S or not self._written_here(current):
+                    break
+                self._carry_out(current)
+                current = None
+        except Exception as error:  # noqa: BLE001  the boundary: what nobody expected ends the process
+            self.failed = True
+            self._crash(error)
+            return
+        if current is not None:
+            self._log_task = asyncio.get_running_loop().create_task(self._write_rounds(current))
             self._log_task.add_done_callback(self._ended)
+
+    def _written_here(self, current: _Round) -> bool:
+        """Write in the event loop; False if the disk has no room or fails: then the patient way tells, and waits."""
+        try:
+            self._commit(current)
+        except (DiskFullError, DiskFailedError):
+            return False
+        return True
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failed = True
             self._crash(error)
 
-    async def _write_rounds(self) -> None:
+    async def _write_rounds(self, current: _Round) -> None:
         try:
-            while self._queue and not self.failed:
-                current = self._next_round()
+            while not self.failed:
                 if current.rewrite is not None or current.appends:
                     if not await self._until_room("log", self._log_thread, partial(self._commit, current)):
                         return
-                    self.syncs += 1
-                    self._waiting_bytes -= sum(map(len, current.appends)) + sum(map(len, current.rewrite or ()))
-                for action in current.actions:
-                    action()
+                self._carry_out(current)
+                if not self._queue:
+                    return
+                current = self._next_round()
         finally:
             self._log_task = None
+
+    def _carry_out(self, current: _Round) -> None:
+        if current.rewrite is not None or current.appends:
+            self.syncs += 1
+            self._waiting_bytes -= sum(map(len, current.appends)) + sum(map(len, current.rewrite or ()))
+        for action in current.actions:
+            action()
 
     def _next_round(self) -> _Round:
         current = _Round()
@@ -143,8 +182,10 @@ class Durable:
     def _commit(self, current: _Round) -> None:
         if current.rewrite is not None:
             self.log.rewrite((*current.rewrite, *current.appends))
-        else:
+        elif current.appends:
+            began_s = time.perf_counter()
             self.log.append(current.appends)
+            self._sync_s += (time.perf_counter() - began_s - self._sync_s) / _SMOOTHING
 
     def _add_job(self, job: tuple[SaveSnapshot, Action] | DropSnapshots) -> None:
         self._jobs.append(job)
