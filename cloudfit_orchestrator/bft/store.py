@@ -1,17 +1,24 @@
 """The state of a replica: an ordered bytes -> bytes map whose digest costs only what changed (architecture, rule 7).
 
-Keys fall by hash into 1,024 *buckets*; a bucket's canonical encoding is a *chunk*, the unit of checkpoint, transfer and
-blame. The root is a Merkle tree of two levels, 32 wide, over the chunks' hashes. The same content has the same root,
-whatever its history. Buckets are shared between a store, its forks and its snapshots, and copied when first changed.
+Keys fall by hash into 1,024 *buckets*; a bucket's canonical encoding is a *chunk*, the unit of transfer and blame. The
+content of a bucket is a hash trie (`bft/trie.py`), and the hash of a chunk is that of the trie that its entries make.
+The root is a Merkle tree of two levels, 32 wide, over the chunks' hashes. The same content has the same root, whatever
+its history.
+
+A store is the tries of its last root and, beside them, what was changed since: reads look there first, and the next
+root takes all of it into the tries at once, so that each node on the way is hashed once.
 """
 
 # ruff: noqa: SLF001  (the classes of this module share one secret)
 
 import struct
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from hashlib import blake2s
+from typing import Any, ClassVar
 
+from cloudfit_orchestrator.bft import trie
+from cloudfit_orchestrator.bft.keyindex import KeyIndex
+from cloudfit_orchestrator.bft.trie import BUCKET_BITS, ENTRY_OVERHEAD, Change, Node
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, RefusedError
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, sha256
 
@@ -22,24 +29,27 @@ MAX_VALUE = 256 << 10  # bytes; a client's frame is at most 1 MiB and holds a bu
 MAX_SERVICE_CHUNK = 4 << 20  # bytes a service may fill one bucket with: keys can be chosen to fall into one bucket
 MAX_CHUNK = 7 << 20  # bytes, library keys included: a chunk must fit into one peer frame of 8 MiB
 LIBRARY_RESERVE = 256 << 10  # bytes of a bucket for the windows of 1,024 clients, should they all fall into it
+MAX_CHANGES = 1 << 14  # entries changed since the last root; at more they are taken into the tries early
 
 _LENGTH = struct.Struct(">I")
-_ENTRY_OVERHEAD = 2 * _LENGTH.size
-_LEAF = b"cloudfit/state-leaf/v1\0"
-_NODE = b"cloudfit/state-node/v1\0"
-_ROOT = b"cloudfit/state-root/v1\0"
-
-_Bucket = dict[bytes, bytes]
+_MALFORMED = b"cloudfit/state-malformed/v2\0"
+_NODE = b"cloudfit/state-node/v2\0"
+_ROOT = b"cloudfit/state-root/v2\0"
+_BUCKET_MASK = BUCKETS - 1
+assert BUCKETS == 1 << BUCKET_BITS
 
 
 def bucket_of(key: bytes) -> int:
-    """The bucket that `key` falls into: the first 10 bits of its SHA-256."""
-    return int.from_bytes(sha256(key)[:2], "big") >> 6
+    """The bucket that `key` falls into."""
+    return trie.place(key) & _BUCKET_MASK
 
 
 def chunk_hash(chunk: bytes) -> bytes:
-    """The Merkle leaf of a chunk, 32 bytes."""
-    return sha256(_LEAF, chunk)
+    """The hash of the entries of a chunk, 32 bytes; of a chunk that is not canonical one that no state has."""
+    try:
+        return trie.build(decode_chunk(chunk))[0]  # type: ignore[no-any-return]
+    except BadError:
+        return sha256(_MALFORMED, chunk)
 
 
 def root_of(chunk_hashes: Sequence[bytes]) -> bytes:
@@ -53,10 +63,11 @@ def _node(chunk_hashes: Sequence[bytes], index: int) -> bytes:
     return sha256(_NODE, *chunk_hashes[index * FANOUT : (index + 1) * FANOUT])
 
 
-def _encode(bucket: _Bucket) -> bytes:
+def encode_chunk(entries: dict[bytes, bytes]) -> bytes:
+    """The chunk of a bucket's entries: `u32 length ‖ key ‖ u32 length ‖ value` each, keys ascending."""
     parts: list[bytes] = []
-    for key in sorted(bucket):
-        value = bucket[key]
+    for key in sorted(entries):
+        value = entries[key]
         parts += (_LENGTH.pack(len(key)), key, _LENGTH.pack(len(value)), value)
     return b"".join(parts)
 
@@ -69,7 +80,7 @@ def decode_chunk(chunk: bytes, index: int | None = None) -> dict[bytes, bytes]:
     """
     if len(chunk) > MAX_CHUNK:
         raise BadError(f"chunk of {len(chunk)} bytes, the limit is {MAX_CHUNK}")
-    entries: _Bucket = {}
+    entries: dict[bytes, bytes] = {}
     at, last = 0, None
     while at < len(chunk):
         key, at = _take(chunk, at, MAX_KEY)
@@ -97,31 +108,29 @@ def _take(chunk: bytes, at: int, limit: int) -> tuple[bytes, int]:
 
 
 class Snapshot:
-    """A state that never changes: shares its buckets with the store it came from. Equal if the roots are equal.
+    """A state that never changes: shares its tries with the store it came from. Equal if the roots are equal.
 
     Safe to read from another thread.
     """
 
-    __slots__ = ("_buckets", "chunk_hashes", "root")
+    __slots__ = ("buckets", "chunk_hashes", "root")
 
-    def __init__(self, buckets: tuple[_Bucket, ...], chunk_hashes: tuple[bytes, ...], root: bytes) -> None:
-        """For who has checked that `chunk_hashes` are those of `buckets` and make `root`; none may change any more."""
-        self._buckets = buckets
-        self.chunk_hashes = chunk_hashes
-        self.root = root
+    def __init__(self, buckets: Sequence[Node], root: bytes | None = None) -> None:
+        """`buckets`: the tries of all `BUCKETS` buckets, and their root if it is known already."""
+        self.buckets = tuple(buckets)
+        self.chunk_hashes: tuple[bytes, ...] = tuple([node[0] for node in self.buckets])
+        self.root = root_of(self.chunk_hashes) if root is None else root
 
     def chunk(self, index: int) -> bytes:
         """The canonical encoding of bucket `index`: entries `u32 length ‖ key ‖ u32 length ‖ value`, keys ascending."""
-        return _encode(self._buckets[index])
+        return encode_chunk(trie.entries(self.buckets[index]))
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[bytes]) -> "Snapshot":
         """The state that all `BUCKETS` chunks make. Raises BadError if one is not canonical or not in its place."""
         if len(chunks) != BUCKETS:
             raise BadError(f"a state has {BUCKETS} chunks, these are {len(chunks)}")
-        buckets = tuple(decode_chunk(chunk, i) for i, chunk in enumerate(chunks))
-        hashes = tuple(chunk_hash(chunk) for chunk in chunks)
-        return cls(buckets, hashes, root_of(hashes))
+        return cls([trie.build(decode_chunk(chunk, i)) for i, chunk in enumerate(chunks)])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshot) and self.root == other.root
@@ -133,8 +142,10 @@ class Snapshot:
         return f"Snapshot({self.root.hex()[:16]}…)"
 
 
-_EMPTY_HASH = chunk_hash(b"")
-_EMPTY_NODE = sha256(_NODE, *(_EMPTY_HASH for _ in range(FANOUT)))
+_EMPTY_NODE = sha256(_NODE, *(trie.EMPTY[0] for _ in range(FANOUT)))
+
+
+_UNCHANGED: Any = object()  # says that a key was not changed since the last root; typed as what it stands in for
 
 
 class StateStore:
@@ -144,32 +155,31 @@ class StateStore:
 
     def __init__(self) -> None:
         """Empty."""
-        self._buckets: list[_Bucket] = [{} for _ in range(BUCKETS)]
-        self._sizes = [0] * BUCKETS  # of the chunks, in bytes
-        self._hashes = [_EMPTY_HASH] * BUCKETS
+        self._buckets: list[Node] = [trie.EMPTY] * BUCKETS
+        self._sizes = [0] * BUCKETS  # of the chunks, in bytes, changes included
         self._nodes = [_EMPTY_NODE] * FANOUT
-        self._own = set(range(BUCKETS))  # buckets that nobody shares: they may be changed in place
-        self._stale: set[int] = set()  # buckets changed since their hash was made
         self._root: bytes | None = None
-        self._keys: list[bytes] | None = None  # all keys in order, made by the first `items` and then kept
+        self._changes: dict[bytes, bytes | None] = {}  # since the tries were made; None: deleted
+        self._keys: KeyIndex | None = None  # all keys in order, made by the first `items` and then kept
+        self._moved: set[bytes] = set()  # keys that came or went since `_keys` was made
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot) -> "StateStore":
-        """A store that begins with the content of `snapshot`."""
-        store = cls.__new__(cls)
-        store._buckets = list(snapshot._buckets)
-        store._sizes = [sum(_ENTRY_OVERHEAD + len(k) + len(v) for k, v in b.items()) for b in store._buckets]
-        store._hashes = list(snapshot.chunk_hashes)
-        store._nodes = [_node(store._hashes, i) for i in range(FANOUT)]
-        store._own = set()
-        store._stale = set()
+        """A store that begins with the content of `snapshot`. Costs the number of buckets."""
+        store = cls()
+        store._buckets = list(snapshot.buckets)
+        store._sizes = [node[1] for node in snapshot.buckets]
+        store._nodes = [_node(snapshot.chunk_hashes, i) for i in range(FANOUT)]
         store._root = snapshot.root
-        store._keys = None
         return store
 
     def get(self, key: bytes) -> bytes | None:
         """The value of `key`, or None."""
-        return self._buckets[bucket_of(key)].get(key)
+        value: bytes | None = self._changes.get(key, _UNCHANGED)
+        if value is not _UNCHANGED:
+            return value
+        way = int.from_bytes(blake2s(key).digest()[:8], "little")
+        return trie.lookup(self._buckets[way & _BUCKET_MASK], way >> BUCKET_BITS, key)
 
     def put(self, key: bytes, value: bytes) -> None:
         """Set `key`. Raises BadInputError, changing nothing, if the key, the value or its bucket would be too large."""
@@ -181,14 +191,13 @@ class StateStore:
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`; False if it was not there."""
-        index = bucket_of(key)
-        old = self._buckets[index].get(key)
+        old = self.get(key)
         if old is None:
             return False
-        del self._writable(index)[key]
-        self._sizes[index] -= _ENTRY_OVERHEAD + len(key) + len(old)
+        self._sizes[bucket_of(key)] -= ENTRY_OVERHEAD + len(key) + len(old)
+        self._change(key, None)
         if self._keys is not None:
-            del self._keys[bisect_left(self._keys, key)]
+            self._moved.add(key)
         return True
 
     def items(self, prefix: bytes = b"", after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -197,49 +206,39 @@ class StateStore:
         The keys are those of when the iteration began; one that was deleted since is left out.
         """
         if self._keys is None:
-            self._keys = sorted(key for bucket in self._buckets for key in bucket)
-        keys = self._keys
-        start = bisect_left(keys, prefix)
-        end = bisect_left(keys, prefix + b"\xff" * (MAX_KEY + 1 - len(prefix)), lo=start)
-        if after is not None:
-            start = max(start, bisect_right(keys, after))
-        return self._present(keys[start:end])
+            self._keys = KeyIndex(sorted([k for node in self._buckets for leaf in trie.leaves(node) for k in leaf[2]]))
+            self._moved = set(self._changes)
+        self._settle_keys()
+        return self._present(self._keys.begin_with(prefix, after))
 
-    def _present(self, keys: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    def _present(self, keys: Iterator[bytes]) -> Iterator[tuple[bytes, bytes]]:
         for key in keys:
             value = self.get(key)
             if value is not None:
                 yield key, value
 
     def root(self) -> bytes:
-        """The digest of the whole state, 32 bytes. Costs the size of the changed buckets."""
-        if self._root is None or self._stale:
-            for index in self._stale:
-                self._hashes[index] = chunk_hash(_encode(self._buckets[index]))
-            for node in {index // FANOUT for index in self._stale}:
-                self._nodes[node] = _node(self._hashes, node)
-            self._stale.clear()
+        """The digest of the whole state, 32 bytes. Costs what changed."""
+        self._fold()
+        if self._root is None:
             self._root = sha256(_ROOT, *self._nodes)
         return self._root
 
     def snapshot(self) -> Snapshot:
-        """The present state, for good. Costs the size of what changed; later changes copy the buckets they touch."""
+        """The present state, for good. Costs what changed, and a list of the buckets."""
         root = self.root()
-        self._own.clear()
-        return Snapshot(tuple(self._buckets), tuple(self._hashes), root)
+        return Snapshot(self._buckets, root)
 
     def fork(self) -> "StateStore":
-        """An independent copy, e.g. for tentative execution. Costs two lists of references."""
+        """An independent copy, e.g. for tentative execution. Costs what changed since the last root, and four lists."""
         twin = StateStore.__new__(StateStore)
-        self._own.clear()
         twin._buckets = list(self._buckets)
         twin._sizes = list(self._sizes)
-        twin._hashes = list(self._hashes)
         twin._nodes = list(self._nodes)
-        twin._own = set()
-        twin._stale = set(self._stale)
         twin._root = self._root
-        twin._keys = None
+        twin._changes = dict(self._changes)
+        twin._keys = self._keys
+        twin._moved = set(self._moved)
         return twin
 
     def service_view(self) -> "StateStore":
@@ -247,28 +246,49 @@ class StateStore:
         return _ServiceView(self)
 
     def _put(self, key: bytes, value: bytes, chunk_limit: int) -> None:
-        if len(key) > MAX_KEY or len(value) > MAX_VALUE:
-            raise BadInputError(
-                f"key of {len(key)} and value of {len(value)} bytes, the limits are {MAX_KEY} and {MAX_VALUE}"
-            )
-        index = bucket_of(key)
-        old = self._buckets[index].get(key)
+        length, size = len(key), len(value)
+        if length > MAX_KEY or size > MAX_VALUE:
+            raise BadInputError(f"key of {length} and value of {size} bytes, the limits are {MAX_KEY} and {MAX_VALUE}")
+        way = int.from_bytes(blake2s(key).digest()[:8], "little")
+        index = way & _BUCKET_MASK
+        old = self._changes.get(key, _UNCHANGED)
+        if old is _UNCHANGED:
+            old = trie.lookup(self._buckets[index], way >> BUCKET_BITS, key)
         if old == value:
             return
-        grown = len(value) - len(old) if old is not None else _ENTRY_OVERHEAD + len(key) + len(value)
+        grown = ENTRY_OVERHEAD + length + size if old is None else size - len(old)
         if grown > 0 and self._sizes[index] + grown > chunk_limit:
             raise BadInputError(f"bucket {index} holds {self._sizes[index]} bytes, its limit is {chunk_limit}")
-        self._writable(index)[key] = value
         self._sizes[index] += grown
+        self._change(key, value)
         if old is None and self._keys is not None:
-            insort(self._keys, key)
+            self._moved.add(key)
 
-    def _writable(self, index: int) -> _Bucket:
-        if index not in self._own:
-            self._buckets[index] = dict(self._buckets[index])
-            self._own.add(index)
-        self._stale.add(index)
-        return self._buckets[index]
+    def _change(self, key: bytes, value: bytes | None) -> None:
+        self._changes[key] = value
+        if len(self._changes) >= MAX_CHANGES:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Take the changes into the tries."""
+        if not self._changes:
+            return
+        parts: dict[int, list[Change]] = {}
+        for key, value in self._changes.items():
+            way = trie.place(key)
+            parts.setdefault(way & _BUCKET_MASK, []).append((way >> BUCKET_BITS, key, value))
+        for index, part in parts.items():
+            self._buckets[index] = trie.updated(self._buckets[index], part)
+        for i in {index // FANOUT for index in parts}:
+            self._nodes[i] = _node([node[0] for node in self._buckets[i * FANOUT : (i + 1) * FANOUT]], 0)
+        self._root = None
+        self._changes.clear()
+
+    def _settle_keys(self) -> None:
+        if self._keys is not None and self._moved:
+            here = {key for key in self._moved if self.get(key) is not None}
+            self._keys = self._keys.updated(here, self._moved - here)
+            self._moved = set()
 
 
 class _ServiceView(StateStore):

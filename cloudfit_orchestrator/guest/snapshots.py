@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloudfit_orchestrator.bft import trie
 from cloudfit_orchestrator.bft.store import BUCKETS, MAX_CHUNK, Snapshot, chunk_hash, decode_chunk, root_of
 from cloudfit_orchestrator.guest.storage import PART, disk_errors, open_regular, sync_directory, write_durably
 from cloudfit_orchestrator.model.errors import BadError
@@ -155,27 +156,25 @@ class SnapshotFiles:
 
     def load(self) -> dict[Key, Snapshot]:
         """Every snapshot that verifies completely. What does not is added to `damaged`. Equal chunks are shared."""
-        buckets: dict[tuple[int, bytes], dict[bytes, bytes]] = {}
+        buckets: dict[tuple[int, bytes], trie.Node] = {}
         loaded: dict[Key, Snapshot] = {}
         for key, index in sorted(self.indexes.items()):
             before = len(self.damaged)
             mine = [self._bucket(index, i, buckets) for i in range(BUCKETS)]
             if len(self.damaged) == before:
                 whole = tuple(bucket for bucket in mine if bucket is not None)
-                loaded[key] = Snapshot(whole, index.chunk_hashes, index.root)
+                loaded[key] = Snapshot(whole, index.root)
         return loaded
 
     def pack_of(self, index: Index, chunk: int) -> tuple[Path, Place]:
         """The file and place of a chunk (for tools that look at, or damage, the disk)."""
         return self._pack_path(index.places[chunk].pack), index.places[chunk]
 
-    def _bucket(
-        self, index: Index, chunk: int, seen: dict[tuple[int, bytes], dict[bytes, bytes]]
-    ) -> dict[bytes, bytes] | None:
+    def _bucket(self, index: Index, chunk: int, seen: dict[tuple[int, bytes], trie.Node]) -> trie.Node | None:
         digest = index.chunk_hashes[chunk]
         if (chunk, digest) not in seen:
             try:
-                seen[chunk, digest] = decode_chunk(self.read(index, chunk), chunk)
+                seen[chunk, digest] = trie.build(decode_chunk(self.read(index, chunk), chunk))
             except BadError as error:
                 self.damaged.append(Damage(f"index-{index.c}-{index.slot}", chunk, str(error)))
                 self._rotten.add(index.places[chunk])

@@ -102,7 +102,7 @@ def test_only_changed_buckets_are_copied_and_hashed():
     after = store.snapshot()
     index = s.bucket_of(b"key 7")
     assert [i for i in range(s.BUCKETS) if before.chunk_hashes[i] != after.chunk_hashes[i]] == [index]
-    assert [i for i in range(s.BUCKETS) if before._buckets[i] is not after._buckets[i]] == [index]
+    assert [i for i in range(s.BUCKETS) if before.buckets[i] is not after.buckets[i]] == [index]
 
 
 def same_bucket(count: int) -> list[bytes]:
@@ -148,7 +148,7 @@ def test_random_bytes_are_refused_or_canonical(data):
         entries = s.decode_chunk(data)
     except BadError:
         return
-    assert s._encode(entries) == data
+    assert s.encode_chunk(entries) == data
 
 
 def test_limits_change_nothing():

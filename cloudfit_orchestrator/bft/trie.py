@@ -1,0 +1,203 @@
+"""Persistent hash tries: the content of one bucket, hashed so that a change costs its path and not the bucket.
+
+A node never changes, so a store, its forks and its snapshots share all that they have in common. Its form depends on
+the content alone: a subtree is a leaf if it holds at most `LEAF_ENTRIES` entries in at most `LEAF_BYTES`, or only one
+entry, or if the bits of the hash have run out; else it is a branch into 8 by the next three bits. Equal content
+therefore has an equal hash, whatever its history, and anybody can compute it from the entries.
+
+Nodes are plain tuples (the collector of garbage forgets tuples that hold only bytes; it would visit a million objects
+of a class again and again):
+
+- leaf: (hash, size, keys, values), keys ascending
+- branch: (hash, size, children, None, number of entries)
+
+`size` is that of the entries in a chunk's encoding, in bytes. Keys are placed by 64 bits of their BLAKE2s: 10 choose
+the bucket, 54 lead through at most `MAX_DEPTH` branches. Two keys that share k bits cost who looks for them 2^(k/2)
+hashes, and cost us k/3 branches of them both.
+"""
+
+import struct
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2s, sha256
+from typing import Any
+
+Node = tuple[Any, ...]
+Change = tuple[int, bytes, bytes | None]  # what is left of the place; the key; its new value, or None: deleted
+
+BUCKET_BITS = 10
+DIGIT_BITS = 3
+WIDTH = 1 << DIGIT_BITS
+MAX_DEPTH = (64 - BUCKET_BITS) // DIGIT_BITS  # 18: a leaf so deep holds what it must
+LEAF_ENTRIES = 24  # a change hashes its leaf again; fewer would cost more memory an entry
+LEAF_BYTES = 4096  # the same bound for large values: from there on an entry tends to have a leaf of its own
+ENTRY_OVERHEAD = 8  # bytes of an entry in a chunk's encoding beside key and value
+
+_LEAF = b"cloudfit/state-leaf/v2\0"
+_BRANCH = b"cloudfit/state-branch/v2\0"
+_DIGIT = WIDTH - 1
+_LENGTHS = [struct.Struct(f">{1 + 2 * n}I") for n in range(LEAF_ENTRIES + 1)]
+
+
+def place(key: bytes) -> int:
+    """Where `key` belongs, 64 bits: the lowest `BUCKET_BITS` are its bucket, the next ones its way in the trie."""
+    return int.from_bytes(blake2s(key).digest()[:8], "little")
+
+
+def lookup(node: Node, way: int, key: bytes) -> bytes | None:
+    """The value of `key`, whose place without the bits of the bucket is `way`, or None."""
+    while node[3] is None:
+        node = node[2][way & _DIGIT]
+        way >>= DIGIT_BITS
+    keys = node[2]
+    i = bisect_left(keys, key)
+    if i < len(keys) and keys[i] == key:
+        value: bytes = node[3][i]
+        return value
+    return None
+
+
+def updated(node: Node, changes: list[Change], depth: int = 0) -> Node:
+    """The node after `changes`, each of another key; the same one if they change nothing."""
+    if node[3] is not None:
+        return _updated_leaf(node, changes, depth)
+    children = node[2]
+    if len(changes) == 1:
+        way, key, value = changes[0]
+        digit = way & _DIGIT
+        old = children[digit]
+        new = updated(old, [(way >> DIGIT_BITS, key, value)], depth + 1)
+        if new is old:
+            return node
+        return _branch(
+            (*children[:digit], new, *children[digit + 1 :]),
+            node[1] + new[1] - old[1],
+            node[4] + count(new) - count(old),
+        )
+    parts: dict[int, list[Change]] = {}
+    for way, key, value in changes:
+        parts.setdefault(way & _DIGIT, []).append((way >> DIGIT_BITS, key, value))
+    fresh = list(children)
+    for digit, part in parts.items():
+        fresh[digit] = updated(children[digit], part, depth + 1)
+    if all(new is old for new, old in zip(fresh, children, strict=True)):
+        return node
+    return _branch(tuple(fresh), sum(child[1] for child in fresh), sum(map(count, fresh)))
+
+
+def build(items: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> Node:
+    """The trie of entries that all belong to one bucket, each key once."""
+    pairs = items.items() if isinstance(items, Mapping) else items
+    return _built([(place(key) >> BUCKET_BITS, key, value) for key, value in pairs], 0)
+
+
+def count(node: Node) -> int:
+    """How many entries the node holds."""
+    held: int = node[4] if node[3] is None else len(node[2])
+    return held
+
+
+def leaves(node: Node) -> Iterator[Node]:
+    """All leaves below `node`, in the order of their places."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node[3] is None:
+            waiting += reversed(node[2])
+        else:
+            yield node
+
+
+def entries(node: Node) -> dict[bytes, bytes]:
+    """All entries below `node`."""
+    found: dict[bytes, bytes] = {}
+    for leaf in leaves(node):
+        found.update(zip(leaf[2], leaf[3], strict=True))
+    return found
+
+
+def differences(old: Node, new: Node) -> dict[bytes, bytes | None]:
+    """What turns `old` into `new`: keys with their new values, None for those that are gone. Costs what differs."""
+    found: dict[bytes, bytes | None] = {}
+    waiting = [(old, new)]
+    while waiting:
+        before, after = waiting.pop()
+        if before is after or before[0] == after[0]:
+            continue
+        if before[3] is None and after[3] is None:
+            waiting += zip(before[2], after[2], strict=True)
+            continue
+        gone = entries(before)
+        found.update((key, value) for key, value in entries(after).items() if gone.pop(key, None) != value)
+        found.update(dict.fromkeys(gone))  # what `after` does not hold
+    return found
+
+
+def _updated_leaf(node: Node, changes: list[Change], depth: int) -> Node:
+    keys, values = node[2], node[3]
+    if len(changes) == 1:
+        _, key, value = changes[0]
+        i = bisect_left(keys, key)
+        j = i + (i < len(keys) and keys[i] == key)
+        if value is None:
+            keys, values = keys[:i] + keys[j:], values[:i] + values[j:]
+        else:
+            keys, values = (*keys[:i], key, *keys[j:]), (*values[:i], value, *values[j:])
+    else:
+        content = dict(zip(keys, values, strict=True))
+        for _, key, value in changes:
+            if value is None:
+                content.pop(key, None)
+            else:
+                content[key] = value
+        keys = tuple(sorted(content))
+        values = tuple([content[key] for key in keys])
+    size = _size(keys, values)
+    if not _fits(len(keys), size) and depth < MAX_DEPTH:
+        shift = BUCKET_BITS + DIGIT_BITS * depth
+        return _built([(place(key) >> shift, key, value) for key, value in zip(keys, values, strict=True)], depth)
+    leaf = _leaf(keys, values, size)
+    return node if leaf[0] == node[0] else leaf
+
+
+def _built(items: list[tuple[int, bytes, bytes]], depth: int) -> Node:
+    size = sum([len(key) + len(value) for _, key, value in items]) + ENTRY_OVERHEAD * len(items)
+    if _fits(len(items), size) or depth == MAX_DEPTH:
+        pairs = sorted([(key, value) for _, key, value in items])
+        return _leaf(tuple([key for key, _ in pairs]), tuple([value for _, value in pairs]), size)
+    parts: list[list[tuple[int, bytes, bytes]]] = [[] for _ in range(WIDTH)]
+    for way, key, value in items:
+        parts[way & _DIGIT].append((way >> DIGIT_BITS, key, value))
+    return _hashed_branch(tuple([_built(part, depth + 1) if part else EMPTY for part in parts]), size, len(items))
+
+
+def _fits(number: int, size: int) -> bool:
+    return (number <= LEAF_ENTRIES and size <= LEAF_BYTES) or number <= 1
+
+
+def _size(keys: tuple[bytes, ...], values: tuple[bytes, ...]) -> int:
+    return sum(map(len, keys)) + sum(map(len, values)) + ENTRY_OVERHEAD * len(keys)
+
+
+def _leaf(keys: tuple[bytes, ...], values: tuple[bytes, ...], size: int) -> Node:
+    """Hashed: tag ‖ number u32 ‖ lengths of the keys ‖ lengths of the values, u32 each ‖ keys ‖ values."""
+    n = len(keys)
+    lengths = _LENGTHS[n] if n <= LEAF_ENTRIES else struct.Struct(f">{1 + 2 * n}I")
+    head = lengths.pack(n, *map(len, keys), *map(len, values))
+    return sha256(b"".join((_LEAF, head, *keys, *values))).digest(), size, keys, values
+
+
+def _branch(children: tuple[Node, ...], size: int, number: int) -> Node:
+    if _fits(number, size):  # then every child is a leaf
+        pairs = sorted([pair for child in children for pair in zip(child[2], child[3], strict=True)])
+        return _leaf(tuple([key for key, _ in pairs]), tuple([value for _, value in pairs]), size)
+    return _hashed_branch(children, size, number)
+
+
+def _hashed_branch(children: tuple[Node, ...], size: int, number: int) -> Node:
+    """Hashed: tag ‖ the children's hashes, 32 bytes each."""
+    digest = sha256(b"".join((_BRANCH, *[child[0] for child in children]))).digest()
+    return digest, size, children, None, number
+
+
+EMPTY = _leaf((), (), 0)
