@@ -17,7 +17,6 @@ class Waiting:
     data: bytes
     body: BundleBody
     since_s: float
-    proposed: bool = False  # by this replica, in the current view
     forwarded: bool = False
 
 
@@ -26,6 +25,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._bundles: dict[bytes, Waiting] = {}
+        self._fresh: dict[bytes, Waiting] = {}  # those not proposed by this replica in the current view
         self._of_client: dict[bytes, int] = {}
         self._bytes = 0
 
@@ -40,14 +40,16 @@ class Pool:
         mine = self._of_client.get(body.client, 0)
         if len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES or mine >= MAX_OF_CLIENT:
             return False
-        self._bundles[name] = Waiting(data, body, now_s)
+        self._bundles[name] = self._fresh[name] = Waiting(data, body, now_s)
         self._of_client[body.client] = mine + 1
         self._bytes += len(data)
         return True
 
     def remove(self, data: bytes) -> None:
         """The bundle was executed, or will never be."""
-        waiting = self._bundles.pop(sha256(data), None)
+        name = sha256(data)
+        waiting = self._bundles.pop(name, None)
+        self._fresh.pop(name, None)
         if waiting is not None:
             self._bytes -= len(data)
             left = self._of_client[waiting.body.client] - 1
@@ -58,27 +60,28 @@ class Pool:
 
     def take(self, max_requests: int, max_bytes: int) -> list[bytes]:
         """Bundles for the next batch, oldest first; they are marked as proposed."""
+        names: list[bytes] = []
         chosen: list[bytes] = []
-        for waiting in self._bundles.values():
-            if waiting.proposed:
-                continue
+        for name, waiting in self._fresh.items():
             max_requests -= len(waiting.body.requests)
             max_bytes -= len(waiting.data) + 8
             if max_requests < 0 or max_bytes < 0:
                 break
-            waiting.proposed = True
+            names.append(name)
             chosen.append(waiting.data)
+        for name in names:
+            del self._fresh[name]
         return chosen
 
     @property
     def unproposed(self) -> bool:
         """Whether `take` would give something (unless it is too large for any batch)."""
-        return any(not waiting.proposed for waiting in self._bundles.values())
+        return bool(self._fresh)
 
     def release(self) -> None:
         """A new view: what was proposed in the old one may have to be proposed again."""
+        self._fresh = dict(self._bundles)
         for waiting in self._bundles.values():
-            waiting.proposed = False
             waiting.forwarded = False
 
     def to_forward(self) -> list[Waiting]:
