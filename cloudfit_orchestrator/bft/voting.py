@@ -7,7 +7,7 @@ client's own results lead. So a wrong result with a good signature is the signer
 from collections import Counter, OrderedDict
 
 from cloudfit_orchestrator.bft.clients import reply_root
-from cloudfit_orchestrator.bft.messages import Replies, reply_leaf
+from cloudfit_orchestrator.bft.messages import Replies, Result, reply_leaf
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.signing import Verifier, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
@@ -53,6 +53,8 @@ class Votes:
             if replies.c > self.newest_c:
                 self.unknown_c = replies.c  # unproved: only a reason to look
             return {}
+        if all(self._said_already(record, result) for result in replies.results):
+            return {}  # tells nothing new, so it need not prove itself
         if not self._proved(record, replies):
             self.unsigned[came_from] += 1
             return {}
@@ -62,6 +64,9 @@ class Votes:
             if answer is not None:
                 answers[result.number] = answer
         return answers
+
+    def _said_already(self, record: ConfigRecord, result: Result) -> bool:
+        return self._answered.get(result.number) == (record.c, sha256(result.result))
 
     def _proved(self, record: ConfigRecord, replies: Replies) -> bool:
         member = record.member(replies.replica)
