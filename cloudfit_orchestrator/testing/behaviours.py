@@ -6,7 +6,7 @@ wormhole certify a counter twice or sign an untyped statement. Each behaviour is
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -32,7 +32,6 @@ from cloudfit_orchestrator.bft.messages import (
 )
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
-from cloudfit_orchestrator.model.ui import message_digest
 from cloudfit_orchestrator.testing.machine import Behaviour, Machine
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 
@@ -252,15 +251,13 @@ class Forges(Deaf):
             return [(0, effect)]
         if self._left < -1:
             return []
-        header = encode(self._header(machine, effect.c))
-        payload = b"\x92\x90\x90"  # of no use but to a NEW-VIEW: no view changes, no choices
+        header = self._header(machine, effect.c)
+        payload = b"\x92\x90\x90" if isinstance(header, NewView) else b""  # no view changes, no choices
         try:
-            digest = message_digest(header, payload)
-            certificate = machine.wormhole.create_ui(machine.session(effect.c), effect.c, effect.cv, digest)
+            forged = encode(machine.forge(effect.c, effect.cv, encode(header), payload))
         except Refusal:
             self._left = 0  # something is still on its way before it: the next one
             return [(0, effect)]
-        forged = encode(StreamMessage(effect.c, machine.identity.replica, effect.cv, header, payload, certificate))
         return [(0, Send(peer, forged)) for peer in machine.peers]
 
     def _header(self, machine: Machine, c: int) -> Header:
@@ -320,13 +317,13 @@ class PlantsRequests(Deaf):
                 Req(others[0], 1 << 60, bytes(64)),
             )
             header = encode(ViewChange(effect.c, g, certificate, ()))
-            ui = machine.wormhole.create_ui(machine.session(effect.c), effect.c, effect.cv, message_digest(header, b""))
+            planted = machine.forge(effect.c, effect.cv, header)
         except Refusal:
             return [(0, effect)]
         self._done = True
         me = machine.identity.replica
         frames = [
-            encode(StreamMessage(effect.c, me, effect.cv, header, b"", ui)),
+            encode(planted),
             encode(StatementMessage(effect.c, me, Kind.REQ, absurd, mine)),
         ]
         return [(0, Send(peer, frame)) for peer in machine.peers for frame in frames]
@@ -372,26 +369,40 @@ ALL: dict[str, Callable[[random.Random], Behaviour]] = {
 
 
 class Together:
-    """Several behaviours, each applied to what the ones before it leave."""
+    """Several behaviours, each applied to what the ones before it leave. `acted` is told when one does something of
+    its own: its name, what it leaves out, and what it does instead.
+    """
 
-    def __init__(self, parts: list[Behaviour]) -> None:
+    def __init__(self, parts: dict[str, Behaviour], acted: Callable[[str, Effect, Done], None]) -> None:
         """In this order."""
         self._parts = parts
+        self._acted = acted
 
     def hear(self, body: bytes) -> None:
         """See `Behaviour`."""
-        for part in self._parts:
+        for part in self._parts.values():
             part.hear(body)
 
     def effects(self, machine: Machine, effect: Effect) -> Done:
         """See `Behaviour`."""
         found: Done = [(0, effect)]
-        for part in self._parts:
-            found = [(late + more, done) for late, one in found for more, done in part.effects(machine, one)]
+        for name, part in self._parts.items():
+            before, found = found, []
+            for late, one in before:
+                done = part.effects(machine, one)
+                if done != [(0, one)]:
+                    self._acted(name, one, done)
+                found += [(late + more, other) for more, other in done]
         return found
 
 
-def choose(rng: random.Random) -> tuple[str, Behaviour]:
-    """Some behaviours together, and their names."""
-    names = sorted(rng.sample(sorted(ALL), rng.choice([1, 1, 2, 3])))
-    return "+".join(names), Together([ALL[name](rng) for name in names])
+def choose(rng: random.Random) -> tuple[str, ...]:
+    """The names of some behaviours."""
+    return tuple(sorted(rng.sample(sorted(ALL), rng.choice([1, 1, 2, 3]))))
+
+
+def together(
+    names: Iterable[str], rng: random.Random, acted: Callable[[str, Effect, Done], None] = lambda *_: None
+) -> Together:
+    """Behaviours by name."""
+    return Together({name: ALL[name](rng) for name in names}, acted)

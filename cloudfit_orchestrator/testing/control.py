@@ -7,10 +7,12 @@ import base64
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cloudfit_orchestrator.model.orders import Retire, seal_retire
 from cloudfit_orchestrator.model.record import (
     NO_DIGEST,
     Algorithm,
@@ -27,12 +29,12 @@ from cloudfit_orchestrator.model.record import (
 )
 from cloudfit_orchestrator.model.signing import KEY_BYTES, Verifier, public_bytes
 from cloudfit_orchestrator.model.statement import Kind, statement_bytes
+from cloudfit_orchestrator.model.ui import EpochEnd
 from cloudfit_orchestrator.testing.machine import Machine
 from cloudfit_orchestrator.testing.network import Schedule
 
 MAX_WAY_S = 0.05  # controller to agent or back
 ATTEMPT_S = 15.0  # a PREPARED record that is not confirmed by then is followed by another on the same base
-PRECOPY_S = 3.0  # a learner gets so long before its record is written
 
 
 class Site(Protocol):
@@ -48,6 +50,14 @@ class Site(Protocol):
         """One line of the run's trace."""
         ...
 
+    def activated(self, record: ConfigRecord, envelope: bytes) -> None:
+        """The record is ACTIVE in CONFIG STORAGE; nobody has it yet."""
+        ...
+
+    def happened(self, what: str) -> None:
+        """Something worth counting."""
+        ...
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -55,6 +65,7 @@ class Attempt:
 
     record: ConfigRecord
     envelope: bytes
+    machines: list[Machine]
     confirmed: dict[tuple[int, bytes], dict[str, bytes]] = field(default_factory=dict)
 
 
@@ -91,7 +102,8 @@ class SimController:
         self._attempt: Attempt | None = None
         self._c = 0
         self._after: Callable[[], None] = lambda: None
-        self.reports: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self._words_s: dict[str, float] = {}  # agent -> when the last word to it arrives
+        self.slow_s: dict[str, float] = {}  # machines to whose agents words take so much longer
 
     @property
     def busy(self) -> bool:
@@ -104,25 +116,59 @@ class SimController:
         self._after = after
         self._prepare(machines)
 
-    def introduce(self, learner: Machine) -> None:
-        """Show the present configuration to a new machine, and the machine to the members, so that it can pre-copy."""
+    def reshape(self, parameters: Parameters, algorithm: Algorithm, after: Callable[[], None]) -> None:
+        """Other parameters and another algorithm for the present members."""
+        assert self.active is not None
+        self._parameters, self._algorithm = parameters, algorithm
+        self.reconfigure(self._members(self.active), after)
+
+    def supersede(self) -> None:
+        """Give the attempt under way up at once, and write another record on the same base."""
+        if self._attempt is not None and self.active is not None:
+            self._try_again(self._attempt)
+
+    def introduce(self, learner: Machine, *, wait_source: bool = False) -> None:
+        """Show the present configuration to a new machine, and the machine to the members, so that it can pre-copy.
+
+        With `wait_source` it takes no state before `source`.
+        """
         assert self.active is not None
         envelope = self._active_envelope
-        peer = {
-            "peer_id": learner.name,
-            "address": address(learner),
-            "channel_ca": base64.b64encode(channel_ca(learner)).decode(),
-        }
         self._tell(learner, lambda: self._install_and_push(learner, envelope))
-        self._tell(
-            learner, lambda: learner.push_command({"op": "base", "envelope": base64.b64encode(envelope).decode()})
-        )
-        for member in self._members(self.active):
-            self._tell(member, lambda member=member: member.push_command({"op": "learn", "peer": peer}))  # type: ignore[misc]
+        base = {"op": "base", "envelope": base64.b64encode(envelope).decode(), "wait_source": wait_source}
+        self.command([learner], base)
+        self.command(self._members(self.active), {"op": "learn", "peer": as_peer(learner.name)})
+
+    def source(self, learner: Machine, exporter: str | None) -> None:
+        """Name the exporter of the old disk to a learner, or say that there is none."""
+        self.command([learner], {"op": "source", "peer": as_peer(exporter) if exporter else None})
+
+    def forget(self, learner: Machine) -> None:
+        """A recovery was put off: its machine learns no more."""
+        if self.active is not None:
+            self.command(self._members(self.active), {"op": "forget", "peer_id": learner.name})
+
+    def retire(self, replica: str) -> None:
+        """RETIRE(c, r) to all members."""
+        if self.active is not None:
+            order = seal_retire(Retire(self._group, self.active.c, replica), self._key)
+            self.command(self._members(self.active), {"op": "retire", "order": base64.b64encode(order).decode()})
+
+    def ended(self, end: EpochEnd) -> None:
+        """Hand the EPOCH-END of a stopped member round: with its log it is its vote."""
+        if self.active is not None:
+            fields = ("last_digest", "last_certificate", "signature")
+            doc = {name: base64.b64encode(getattr(end, name)).decode() for name in fields}
+            doc |= {"replica": end.replica, "c": end.c, "cv_end": end.cv_end}  # type: ignore[dict-item]
+            self.command(self._members(self.active), {"op": "ended", "end": doc})
+
+    def command(self, machines: list[Machine], body: dict[str, Any]) -> None:
+        """A command to some machines' guests."""
+        for machine in machines:
+            self._tell(machine, partial(machine.push_command, body))
 
     def report(self, machine: Machine, topic: str, body: dict[str, Any]) -> None:
         """A report arrives."""
-        self.reports.setdefault(topic, []).append((machine.name, body))
         if topic == "confirm" and self._attempt is not None:
             self._confirm(self._attempt, machine, body)
 
@@ -138,10 +184,10 @@ class SimController:
                     replica=machine.identity.replica,
                     incarnation=machine.identity.incarnation,
                     cloud="simulation",
-                    address=address(machine),
+                    address=address(machine.name),
                     usig_key=usig_key,
                     kss_key=kss_key,
-                    channel_ca=channel_ca(machine),
+                    channel_ca=channel_ca(machine.name),
                     image="sha256:" + "0" * 64,
                     launch="sha256:" + "0" * 64,
                 )
@@ -159,17 +205,18 @@ class SimController:
             parameters=self._parameters,
             previous=record_hash(self.chain[-1]) if self.chain else NO_DIGEST,
         )
-        attempt = Attempt(record, seal_record(record, self._key))
+        attempt = Attempt(record, seal_record(record, self._key), machines)
         self._attempt = attempt
         self.chain.append(attempt.envelope)
         self._site.trace("controller", f"PREPARED c={c} on base {record.base}: {[m.name for m in machines]}")
         self._install_everywhere(attempt.envelope, record)
-        self._site.schedule.after(ATTEMPT_S, lambda: self._try_again(attempt, machines))
+        self._site.schedule.after(ATTEMPT_S, lambda: self._try_again(attempt))
 
-    def _try_again(self, attempt: Attempt, machines: list[Machine]) -> None:
+    def _try_again(self, attempt: Attempt) -> None:
         if self._attempt is attempt:
             self._site.trace("controller", f"c={attempt.record.c} is given up")
-            self._prepare(machines)
+            self._site.happened("rule:two PREPARED on one base")
+            self._prepare(attempt.machines)
 
     def _confirm(self, attempt: Attempt, machine: Machine, body: dict[str, Any]) -> None:
         record = attempt.record
@@ -186,6 +233,8 @@ class SimController:
             return
         votes = attempt.confirmed.setdefault((body["h"], digest), {})
         votes[member.replica] = signature
+        if len(attempt.confirmed) > 1:
+            self._site.happened("rule:S differs")
         if len(votes) >= record.confirmations_needed:
             self._activate(attempt, body["h"], digest, votes)
 
@@ -205,6 +254,7 @@ class SimController:
         envelope = seal_record(record, self._key)
         self.chain.append(envelope)
         self.active, self._active_envelope, self._attempt = record, envelope, None
+        self._site.activated(record, envelope)
         self._site.trace("controller", f"ACTIVE c={record.c} at h={h}, digest {digest.hex()[:8]}, by {sorted(votes)}")
         self._install_everywhere(envelope, record, old)
         self._site.schedule.after(2 * MAX_WAY_S, self._after)
@@ -222,8 +272,11 @@ class SimController:
             machine.push_record(envelope)
 
     def _tell(self, machine: Machine, action: Callable[[], None]) -> None:
-        """Words to one agent keep their order; they are late by the same for one agent."""
-        self._site.schedule.after(self._way_s(machine), action)
+        """Words to one agent keep their order, however late they are."""
+        now_s = self._site.schedule.now_s()
+        at_s = now_s + self._way_s(machine) + self.slow_s.get(machine.name, 0.0)
+        at_s = self._words_s[machine.name] = max(at_s, self._words_s.get(machine.name, 0.0))
+        self._site.schedule.after(at_s - now_s, action)
 
     def _way_s(self, machine: Machine) -> float:
         return (sum(machine.name.encode()) * 7919 % 97) / 97 * MAX_WAY_S
@@ -232,11 +285,20 @@ class SimController:
         return [self._site.machine(f"{m.replica}#{m.incarnation}") for m in record.members]
 
 
-def address(machine: Machine) -> str:
+def address(peer_id: str) -> str:
     """Where peers would dial it."""
-    return f"{machine.identity.replica}-{machine.identity.incarnation}:7000"
+    return f"{peer_id.replace('#', '-')}:7000"
 
 
-def channel_ca(machine: Machine) -> bytes:
+def channel_ca(peer_id: str) -> bytes:
     """Stands for the certificate of its channel CA."""
-    return b"ca of " + machine.name.encode()
+    return b"ca of " + peer_id.encode()
+
+
+def as_peer(peer_id: str) -> dict[str, str]:
+    """A peer as commands name it."""
+    return {
+        "peer_id": peer_id,
+        "address": address(peer_id),
+        "channel_ca": base64.b64encode(channel_ca(peer_id)).decode(),
+    }

@@ -21,12 +21,14 @@ class SimDisk:
         self._volatile: list[bytes] = []
         self._rewritten: list[bytes] | None = None  # takes the place of both when synced
         self.snapshots: dict[SnapshotId, Snapshot] = {}
-        self.largest_records = 0
+
+    def __len__(self) -> int:
+        """Log records."""
+        return len(self._durable) + len(self._volatile)
 
     def append(self, record: bytes) -> None:
         """Volatile until `sync`."""
         self._volatile.append(record)
-        self.largest_records = max(self.largest_records, len(self.records))
 
     def rewrite(self, records: tuple[bytes, ...]) -> None:
         """Replace everything. Synced by the caller before anything else is written."""

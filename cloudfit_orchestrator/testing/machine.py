@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import (
     Answer,
     Append,
@@ -26,16 +27,18 @@ from cloudfit_orchestrator.bft.effects import (
     Sign,
 )
 from cloudfit_orchestrator.bft.interfaces import Service
-from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
+from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME, StreamMessage
 from cloudfit_orchestrator.bft.replica import Replica
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.signing import Verifier
+from cloudfit_orchestrator.model.ui import message_digest
 from cloudfit_orchestrator.testing.disk import SimDisk
 from cloudfit_orchestrator.testing.network import Schedule
 from cloudfit_orchestrator.testing.wormhole import SimWormhole
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 
 TICK_S = 0.05
+CLOCK_S = 0.005  # resolution of the clock that a core is told: one tick of it serves all that comes in meanwhile
 MAX_EFFECTS = 20_000  # of one call or waiting: more is a storm
 GUEST_CHANNEL_S = 0.0003  # one way
 
@@ -53,12 +56,16 @@ class World(Protocol):
         """A frame to a client."""
         ...
 
+    def body(self, digest: bytes, header: bytes, payload: bytes) -> None:
+        """A body that a machine is about to have certified."""
+        ...
+
     def report(self, machine: "Machine", topic: str, body: dict[str, Any]) -> None:
         """A report for the controller."""
         ...
 
     def watch(self, machine: "Machine", effect: Effect) -> None:
-        """Every effect that a correct core asks for."""
+        """Every effect that a core asks for, before its machine does it, or something else."""
         ...
 
     def trace(self, who: str, what: str) -> None:
@@ -112,6 +119,8 @@ class Machine:
         self.identity = identity
         self.wormhole = wormhole
         self.behaviour = behaviour
+        self.lies = False  # its service makes results up
+        self.marked: dict[bytes, str] = {}  # frames that are an attack's own -> its name
         self.disk = SimDisk()
         self.rng = rng
         self.replica: Replica | None = None
@@ -124,7 +133,10 @@ class Machine:
         self._syncing = False
         self._sessions: dict[int, int] = {}
         self._opening: int | None = None
-        self._offset_s = 0.0
+        self._local_s = 0.0  # its clock, as it was at `_local_at_s`
+        self._local_at_s = 0.0
+        self._clock_rate = 1.0
+        self._told_s = -1.0  # what its core was told last
         self._requests = 0  # sent to the wormhole
         self._arrived = 0
         self._cut = 0  # of those that a crash caught on their way, the last one that still arrives
@@ -150,6 +162,25 @@ class Machine:
         """Whom its core would send to now."""
         return sorted(self.replica.peers) if self.replica is not None else []
 
+    @property
+    def asking(self) -> bool:
+        """Requests are on their way to the wormhole."""
+        return self._arrived < self._requests
+
+    def has_log(self, c: int, replica: str, cv: int) -> bool:
+        """Whether its core holds, and has judged, the whole log of that stream of epoch c up to counter `cv`."""
+        configuration = self.configuration
+        if configuration is None or configuration.record.c != c:
+            return False
+        stream = configuration.streams.get(replica)
+        whole = stream is not None and stream.complete(configuration.record.parameters.window)
+        return whole and stream is not None and stream.ended is None and stream.cursor == cv
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """What its core knows of the present configuration."""
+        return self.replica._at.configuration if self.replica is not None else None  # noqa: SLF001
+
     def session(self, c: int) -> int:
         """Its open session of epoch c, 0 if there is none."""
         return self._sessions.get(c, 0)
@@ -159,7 +190,11 @@ class Machine:
         """Boot from what the disk holds."""
         assert self.replica is None
         self.boots += 1
-        self._offset_s = self.rng.uniform(0, 1000)  # every boot has a clock of its own
+        self._local_s, self._local_at_s = (
+            self.rng.uniform(0, 1000),
+            self.world.schedule.now_s(),
+        )  # each boot has its own
+        self._told_s = -1.0
         self._queue.clear()
         self._syncing = False
         self._sessions.clear()
@@ -190,6 +225,21 @@ class Machine:
         self.boots += 1
         self._cut = self.rng.randint(self._arrived, self._requests)
         self.disk.crash(self.rng)
+
+    def set_clock(self, rate: float) -> None:
+        """From now on its clock runs at `rate` times true time; 0 stops it."""
+        self._local_s, self._local_at_s = self._clock_s(), self.world.schedule.now_s()
+        self._clock_rate = rate
+
+    def _clock_s(self) -> float:
+        return self._local_s + (self.world.schedule.now_s() - self._local_at_s) * self._clock_rate
+
+    def forge(self, c: int, cv: int, header: bytes, payload: bytes = b"") -> StreamMessage:
+        """What a taken guest can do at any time: have something of its own certified. Raises Refusal."""
+        digest = message_digest(header, payload)
+        self.world.body(digest, header, payload)
+        certificate = self.wormhole.create_ui(self.session(c), c, cv, digest)
+        return StreamMessage(c, self.identity.replica, cv, header, payload, certificate)
 
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
         """Plan `action`, unless the machine has crashed by then."""
@@ -229,7 +279,10 @@ class Machine:
         replica = self.replica
         if replica is None or self.paused:
             return
-        replica.tick(self.world.schedule.now_s() + self._offset_s)
+        now_s = self._clock_s()
+        if now_s - self._told_s >= CLOCK_S:
+            self._told_s = now_s
+            replica.tick(now_s)
         action(replica)
         self._drain()
 
@@ -237,11 +290,10 @@ class Machine:
     def _drain(self) -> None:
         assert self.replica is not None
         for effect in self.replica.effects():
-            if self.correct:
-                self.world.watch(self, effect)
+            self.world.watch(self, effect)
+            if self.behaviour is None:
                 self._queue.append(effect)
                 continue
-            assert self.behaviour is not None
             for delay_s, done in self.behaviour.effects(self, effect):
                 if delay_s:
                     self._later(delay_s, partial(self._late, done))

@@ -58,35 +58,48 @@ class Weather:
 class Network:
     """Delivers frames between named places, or does not."""
 
-    def __init__(self, schedule: Schedule, rng: random.Random, weather: Weather) -> None:
-        """`weather` may be replaced at any time."""
+    def __init__(self, schedule: Schedule, stream: Callable[[str], random.Random], weather: Weather) -> None:
+        """`weather` may be replaced at any time; `stream` gives each way its own randomness, so that what happens on
+        one changes nothing on the others.
+        """
         self._schedule = schedule
-        self._rng = rng
+        self._stream = stream
+        self._ways: dict[tuple[str, str], random.Random] = {}
         self.weather = weather
-        self._sides: dict[str, int] = {}
+        self._cuts: dict[str, tuple[frozenset[str], bool]] = {}  # name -> (hosts of one side, one way only)
         self.in_flight = 0
         self.delivered = 0
         self.dropped = 0
 
-    def part(self, sides: Iterable[Iterable[str]]) -> None:
-        """Frames pass only within a side from now on; who is in none is on a side with all others of that kind."""
-        self._sides = {name: i for i, side in enumerate(sides, 1) for name in side}
+    def part(self, name: str, side: Iterable[str], *, one_way: bool = False) -> None:
+        """Frames between `side` and the rest are lost until this cut heals; `one_way`: only those from `side`."""
+        self._cuts[name] = frozenset(side), one_way
 
-    def heal(self) -> None:
-        """No partition any more."""
-        self._sides = {}
+    def heal(self, name: str | None = None) -> None:
+        """Undo one cut, or all."""
+        if name is None:
+            self._cuts.clear()
+        else:
+            self._cuts.pop(name, None)
 
     def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
         """A frame from `source` to `target` (names of hosts). What is on its way when a partition begins is lost."""
         w = self.weather
-        copies = 2 if self._rng.random() < w.duplicate else 1
+        way = self._ways.get((source, target))
+        if way is None:
+            way = self._ways[source, target] = self._stream(f"way {source} {target}")
+        copies = 2 if w.duplicate and way.random() < w.duplicate else 1
         for _ in range(copies):
-            if self._rng.random() < w.drop or not self._connected(source, target) or self.in_flight >= MAX_IN_FLIGHT:
+            if (
+                (w.drop and way.random() < w.drop)
+                or not self._connected(source, target)
+                or self.in_flight >= MAX_IN_FLIGHT
+            ):
                 self.dropped += 1
                 continue
-            delay = w.delay_s + self._rng.expovariate(1 / w.jitter_s)
-            if self._rng.random() < w.late:
-                delay += self._rng.uniform(0, w.late_s)
+            delay = w.delay_s + way.expovariate(1 / w.jitter_s)
+            if w.late and way.random() < w.late:
+                delay += way.uniform(0, w.late_s)
             self.in_flight += 1
             self._schedule.after(delay, lambda: self._arrive(source, target, deliver))
 
@@ -99,4 +112,9 @@ class Network:
             self.dropped += 1
 
     def _connected(self, source: str, target: str) -> bool:
-        return self._sides.get(source, 0) == self._sides.get(target, 0)
+        for side, one_way in self._cuts.values():
+            if source in side and target not in side:
+                return False
+            if target in side and source not in side and not one_way:
+                return False
+        return True

@@ -46,23 +46,22 @@ MAX_RETRY_S = 4.0
 
 
 class OnceService:
-    """The kv service, watched: `twice` is told of every operation that is executed again on a state that has it."""
+    """The kv service, watched: `executed` is told of each operation, and whether the state has it already."""
 
-    def __init__(self, twice: Callable[[bytes], None], *, lies: bool = False) -> None:
-        """With `lies`, some results are made up."""
+    def __init__(self, executed: Callable[[bytes, bool], None], *, lies: Callable[[], bool]) -> None:
+        """While `lies()`, some results are made up."""
         self._kv = KvService()
-        self._twice = twice
+        self._executed = executed
         self._lies = lies
 
     def execute(self, store: StateStore, operation: bytes) -> bytes:
         """See `bft.interfaces.Service`."""
         name, inner = operation[:NAME_BYTES], operation[NAME_BYTES:]
         mark = b"once/" + name
-        if store.get(mark) is not None:
-            self._twice(name)
+        self._executed(operation, store.get(mark) is not None)
         store.put(mark, b"")
         result = self._kv.execute(store, inner)
-        if self._lies and name[-1] % 2:
+        if name[-1:] and name[-1] % 2 and self._lies():
             return encode_operation(Put(b"made", b"up")) if name[-1] % 4 == 1 else KvService().execute(store, b"")
         return result
 
@@ -103,8 +102,12 @@ class Reach(Protocol):
 
     schedule: Schedule
 
-    def ask(self, client: "SimClient", replica: str, body: bytes) -> None:
-        """A frame to the machine of a member."""
+    def ask(self, client: str, key: bytes, replica: str, body: bytes) -> None:
+        """A frame of the client with that name and raw key to the machine of a member."""
+        ...
+
+    def issued(self, operation: bytes) -> None:
+        """A client has asked for it: it may be executed."""
         ...
 
     def newest(self) -> ConfigRecord:
@@ -158,6 +161,11 @@ class SimClient:
         """Every operation was answered."""
         return self._open is None and self.left <= 0
 
+    @property
+    def open_frame(self) -> bytes | None:
+        """The bundle that is not answered yet, as it was sent."""
+        return self._open.frame if self._open is not None else None
+
     def start(self) -> None:
         """Begin."""
         self._plan()
@@ -194,18 +202,23 @@ class SimClient:
             self._votes.expect(self._number)
             opened[self._number] = (self._history.invoke(self.name, call), call)
             name = self.key.public[:4] + self._number.to_bytes(4, "big")
-            requests.append(Request(self._number, name + to_operation(call)))
+            operation = name + to_operation(call)
+            self._reach.issued(operation)
+            requests.append(Request(self._number, operation))
         body = encode(BundleBody(self._reach.newest().life, self.key.public, tuple(requests)))
         self._open = Open(encode(Bundle(body, self.key.sign(bundle_bytes(body)))), opened)
         near = self._rng.choice(self._reach.newest().members)
-        self._reach.ask(self, near.replica, self._open.frame)
+        self._ask(near.replica, self._open.frame)
         self._plan_retry(self._open)
+
+    def _ask(self, replica: str, frame: bytes) -> None:
+        self._reach.ask(self.name, self.key.public, replica, frame)
 
     def _plan_retry(self, waiting: Open) -> None:
         def again() -> None:
             if self._open is waiting:
                 for member in self._reach.newest().members:
-                    self._reach.ask(self, member.replica, waiting.frame)
+                    self._ask(member.replica, waiting.frame)
                 waiting.retry_s = min(MAX_RETRY_S, 2 * waiting.retry_s)
                 self._plan_retry(waiting)
 
@@ -220,7 +233,7 @@ class SimClient:
         if isinstance(message, Overloaded) and self._open is not None and not self._open.turned_away:
             self._open.turned_away = True  # whoever was asked first cannot help: ask all
             for member in self._reach.newest().members:
-                self._reach.ask(self, member.replica, self._open.frame)
+                self._ask(member.replica, self._open.frame)
         if not isinstance(message, Replies) or self._open is None:
             return
         self._votes.learn(self._reach.newest())
