@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from cloudfit_orchestrator.cli.bench import bench_
 from cloudfit_orchestrator.cli.clients import Kv
 from cloudfit_orchestrator.cli.output import (
     EXIT_ERROR,
@@ -57,6 +58,9 @@ def _version() -> str:
 def cli(ctx: click.Context, home: Path | None) -> None:
     """Run Byzantine fault tolerant services as virtual machines over several clouds, and keep cleansing them."""
     ctx.obj = Session(home or default_home())
+
+
+cli.add_command(bench_)
 
 
 # --- groups

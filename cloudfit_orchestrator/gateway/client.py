@@ -48,6 +48,7 @@ _REQUEST_OVERHEAD = 32  # bytes of framing around an operation, generously
 _BUNDLE_OVERHEAD = 512
 
 RecordSource = Callable[[], Awaitable[bytes | None]]
+Route = Callable[[str, str], str]  # (replica, address in the record) -> address to dial
 
 
 @dataclass(slots=True)
@@ -99,12 +100,14 @@ class Client:
         numbers: Numbers | None = None,
         near: str | None = None,
         newer: RecordSource | None = None,
+        route: Route = lambda _, address: address,
     ) -> None:
         """`envelope`: the ACTIVE record, which is verified; `admitted`: the client's entry in it; `key`: its own.
 
         `numbers`: see gateway/numbers; needed wherever the key outlives the process. `near`: the replica to ask first.
-        `newer` gives the newest ACTIVE envelope; without it the client cannot follow a reconfiguration. Raises BadError
-        if the record does not verify, BadInputError if the key is not admitted in it.
+        `newer` gives the newest ACTIVE envelope; without it the client cannot follow a reconfiguration. `route`: where
+        replicas are dialled if not at their addresses. Raises BadError if the record does not verify, BadInputError if
+        the key is not admitted in it.
         """
         self._controller_keys = controller_keys
         self._verifier = Ed25519Verifier()
@@ -120,6 +123,7 @@ class Client:
         self._numbers: Numbers = numbers or MemoryNumbers()
         self._near = near or self._record.members[0].replica
         self._newer = newer
+        self._route = route
         self._votes = Votes(self._public, Ed25519Verifier())
         self._votes.learn(self._record)
         self._diallers: dict[str, Dialler] = {}
@@ -349,7 +353,10 @@ class Client:
 
     def _connect(self) -> None:
         members = self._record.members
-        wanted = {m.replica: _Replica(f"{m.replica}#{m.incarnation}", m.address, m.channel_ca) for m in members}
+        wanted = {
+            m.replica: _Replica(f"{m.replica}#{m.incarnation}", self._route(m.replica, m.address), m.channel_ca)
+            for m in members
+        }
         for replica, dialler in list(self._diallers.items()):
             if wanted.get(replica) != dialler.peer:
                 dialler.close()

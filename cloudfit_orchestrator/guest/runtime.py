@@ -152,6 +152,7 @@ class Runtime:
         announce_ready: Callable[[], None],
         log: Callable[..., None],
         make_service: Callable[[str], Service] = load,
+        make_transport: Callable[..., Transport] = Transport,
     ) -> None:
         """`prepare_network` returns the address to listen on; `log(event, **fields)`."""
         self._port = port
@@ -160,6 +161,7 @@ class Runtime:
         self._announce_ready = announce_ready
         self._log = log
         self._make_service = make_service
+        self._make_transport = make_transport
         self.counters: Counter[str] = Counter()
         self._known: tuple[Any, Any] = (None, None)
         self._pumping = False
@@ -177,7 +179,7 @@ class Runtime:
         self.welcome = await greeter.welcome()
         self._log("welcome", group=self.welcome.group, replica=self.welcome.replica, inc=self.welcome.incarnation)
         host = self._prepare_network(self.welcome)
-        self.transport = Transport(
+        self.transport = self._make_transport(
             group=self.welcome.group,
             credentials=await obtain_credentials(greeter.channel),
             from_peer=self._from_peer,

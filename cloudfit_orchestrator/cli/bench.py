@@ -1,0 +1,106 @@
+"""`cloudfit bench`: measure on this host, with real processes. Exit code 1 also where an operation failed."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from cloudfit_orchestrator.bench import ordering
+from cloudfit_orchestrator.cli.output import EXIT_ERROR, format_option, guarded, print_json, print_table, show_progress
+
+_DEFAULT = ordering.Parameters()
+
+
+@click.group("bench", epilog="Example: cloudfit bench ordering --clients 64 --against etcd")
+def bench_() -> None:
+    """Measure: throughput and latency of a group, beside etcd; checkpoints by size of state; curves."""
+
+
+def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """`1,4,16` as numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,4,16,64") from error
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    """SIGTERM ends a measurement as Ctrl-C does: with everything torn down."""
+    raise KeyboardInterrupt
+
+
+@bench_.command(
+    "ordering",
+    epilog="Example: cloudfit bench ordering --clients 64 --against etcd --repeat 3 -f json > ours.json; "
+    "cloudfit bench ordering --sweep 1,4,16,64,256; "
+    "cloudfit bench ordering --wan a-b:20ms,a-c:35ms,b-c:50ms --clients 48 --stop-slowest",
+)
+@click.option("--algorithm", type=click.Choice(["ebawa", "minbft"]), default=_DEFAULT.algorithm, show_default=True)
+@click.option("-n", "n", type=int, default=_DEFAULT.n, show_default=True, help="Replicas; f is (n-1)/2.")
+@click.option("--clients", type=int, default=_DEFAULT.sweep[0], show_default=True, help="Concurrent callers, all told.")
+@click.option("--sweep", callback=_numbers, metavar="LIST", help="Several numbers of callers in turn: 1,4,16,64,256.")
+@click.option("--processes", type=int, help="Client processes with a key each; default 1, with --wan one a region.")
+@click.option("--payload", type=int, default=_DEFAULT.payload, show_default=True, help="Bytes of a value.")
+@click.option("--keys", type=int, default=_DEFAULT.keys, show_default=True, help="Size of the key space.")
+@click.option("--reads", type=int, default=_DEFAULT.reads, show_default=True, help="Percent of ordered reads.")
+@click.option("--duration", type=float, default=_DEFAULT.duration_s, show_default=True, help="Seconds of one round.")
+@click.option("--warmup", type=float, default=_DEFAULT.warmup_s, show_default=True, help="Seconds before, not counted.")
+@click.option("--repeat", type=int, default=_DEFAULT.repeat, show_default=True, help="Rounds; medians are reported.")
+@click.option("--against", type=click.Choice(["etcd"]), help="Alternate rounds with this peer, three members.")
+@click.option("--wan", metavar="DELAYS", help="Regions and one-way delays: a-b:20ms,a-c:35ms,b-c:50ms.")
+@click.option("--stop-slowest", is_flag=True, help="With --wan: the farthest replica stands still for half of a round.")
+@click.option(
+    "--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path(),
+    help="Where the temporary group lives; on a disk. Default: the working directory.",
+)  # fmt: skip
+@format_option
+@guarded
+def bench_ordering(
+    directory: Path, form: str, clients: int, sweep: tuple[int, ...] | None, duration: float, warmup: float,
+    **others: Any,
+) -> None:  # fmt: skip
+    """A closed loop of puts on a group of processes: operations per second, latency, CPU, messages, and a peer's.
+
+    Everything that it makes is gone afterwards, also after Ctrl-C. The values of cpu_ms_per_op are of all servers
+    together; others_cpu_share tells how much of the machine somebody else used meanwhile.
+    """
+    parameters = ordering.Parameters(sweep=sweep or (clients,), duration_s=duration, warmup_s=warmup, **others)
+    signal.signal(signal.SIGTERM, _interrupt)
+    found = ordering.run(parameters, directory.absolute(), show_progress)
+    if form == "json":
+        print_json(found)
+    else:
+        _print_points(found)
+    if not found["good"]:
+        sys.exit(EXIT_ERROR)
+
+
+def _print_points(found: dict[str, Any]) -> None:
+    machine, points = found["machine"], found["points"]
+    about = f"{machine['cores']} cores, {machine['cpu']}, {machine['file_system']}, kernel {machine['kernel']}"
+    click.echo(f"{found['parameters']['algorithm']}, n={found['parameters']['n']}, on {about}")
+    figures = ["ops_s", "p50_ms", "p99_ms", "cpu_ms_per_op"]
+    more = ["msgs_per_op", "bytes_per_op", "fsyncs_per_s"]
+    rows = []
+    for point in points:
+        rows.append(["group", point["clients"], *(point[f] for f in (*figures, *more)), point["errors"]])
+        for region, seen in point.get("regions", {}).items():
+            rows.append([f"  region {region}", "", seen["ops_s"], seen["p50_ms"], seen["p99_ms"], *[""] * 5])
+            rows.append([f"  bound {region}", "", "", seen["bound_ms"], *[""] * 6])
+        if "peer" in point:
+            peer = point["peer"]
+            rows.append([peer["name"], point["clients"], *(peer[f] for f in figures), *[""] * 3, peer["errors"]])
+            rows.append(["ratio", "", point["ratio"], *[""] * 7])
+    print_table(["", "clients", *figures, *more, "errors"], rows)
+    for point in points:
+        for one in point["rounds"]:
+            for who, seen in one.items():
+                if seen["errors"]:
+                    click.echo(
+                        f"{who}, {point['clients']} clients: {seen['errors']} errors: {seen['first_error']}", err=True
+                    )
