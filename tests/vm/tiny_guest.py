@@ -71,7 +71,7 @@ def _order(modules: Path) -> list[Path]:
     return order
 
 
-def _build(target: Path) -> None:
+def _build(target: Path, init: str) -> None:
     work = target.with_suffix(".new")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -90,7 +90,7 @@ def _build(target: Path) -> None:
     for module in order:
         shutil.copy(module, root / "modules")
     (root / "modules.order").write_text("\n".join(m.name for m in order))
-    (root / "init").write_text(INIT)
+    (root / "init").write_text(init)
     (root / "init").chmod(0o755)
     names = "\n".join(["."] + [str(p.relative_to(root)) for p in sorted(root.rglob("*"))])
     packed = subprocess.run(
@@ -106,15 +106,15 @@ def _build(target: Path) -> None:
     work.rename(target)
 
 
-def tiny_image() -> Path:
-    """The image directory, built once a machine and recipe; safe under parallel tests."""
-    target = CACHE / hashlib.sha256(INIT.encode()).hexdigest()[:12]
+def tiny_image(init: str = INIT) -> Path:
+    """The image directory, built once a machine and `init` script; safe under parallel tests."""
+    target = CACHE / hashlib.sha256(init.encode()).hexdigest()[:12]
     CACHE.mkdir(parents=True, exist_ok=True)
     CACHE.chmod(CACHE.stat().st_mode | stat.S_IXOTH)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _build(target)
+            _build(target, init)
     return target
 
 
