@@ -10,6 +10,7 @@ import click
 
 from cloudfit_orchestrator.bench import ordering
 from cloudfit_orchestrator.cli.output import EXIT_ERROR, format_option, guarded, print_json, print_table, show_progress
+from cloudfit_orchestrator.cli.simulate import bench_simulate
 
 _DEFAULT = ordering.Parameters()
 
@@ -17,6 +18,9 @@ _DEFAULT = ordering.Parameters()
 @click.group("bench", epilog="Example: cloudfit bench ordering --clients 64 --against etcd")
 def bench_() -> None:
     """Measure: throughput and latency of a group, beside etcd; checkpoints by size of state; curves."""
+
+
+bench_.add_command(bench_simulate)
 
 
 def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, ...] | None:
