@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from cloudfit_orchestrator.model.errors import BadError
 
+FRAMES_A_TURN = 32  # of one connection; then the other connections, and time, have their turn
 DEAD_AFTER_S = 3  # without a word from the other kernel; a machine that lost power says nothing when it is back
 _LENGTH = struct.Struct(">I")
 _WRITE_BYTES = 256 << 10  # handed to TLS at once: joins many small frames, and bounds what a lost connection loses
@@ -51,9 +52,9 @@ class FrameBuffer:
         return bodies
 
     @property
-    def partial(self) -> bool:
-        """Whether it holds the beginning of a frame."""
-        return bool(self._buffer)
+    def held(self) -> int:
+        """Bytes of the beginning of a frame."""
+        return len(self._buffer)
 
 
 class SendQueue:
@@ -86,6 +87,11 @@ class SendQueue:
             parts += (_LENGTH.pack(len(body)), body)
         return b"".join(parts)
 
+    @property
+    def held(self) -> int:
+        """Bytes of bodies that wait."""
+        return self._bytes
+
     def __len__(self) -> int:
         return len(self._frames)
 
@@ -106,9 +112,12 @@ class Link(asyncio.Protocol):
         """`identify(link, certificate DER)` returns False for a stranger; `received` gets each body after that."""
         self._identify, self._received, self._ended = identify, received, ended
         self._frames = FrameBuffer(limit)
+        self._bodies: deque[bytes] = deque()  # read, and not handed on yet
+        self._begun_s: float | None = None  # since when the frame that is being read is the same one
         self._counters = counters
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        self._resting = False  # not reading: what was read last is not handed on yet
         self._scheduled = False
         self.queue = queue
         self.closed = asyncio.get_running_loop().create_future()
@@ -132,16 +141,21 @@ class Link(asyncio.Protocol):
         except BadError:
             self.abort("oversize frame")
             return
-        for body in bodies:
-            if self._transport is None:
-                return
-            self._received(self, body)
+        if not self._frames.held:
+            self._begun_s = None
+        elif bodies or self._begun_s is None:
+            self._begun_s = asyncio.get_running_loop().time()
+        waiting = bool(self._bodies)
+        self._bodies += bodies
+        if bodies and not waiting:
+            self._hand_on()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  asyncio's signature
         """It is over, for whatever reason."""
-        if self._transport is not None and self._frames.partial:
+        if self._transport is not None and self._frames.held:
             self._counters["truncated frame"] += 1
         self._transport = None
+        self._bodies.clear()
         if not self.closed.done():
             self.closed.set_result(None)
             self._ended(self)
@@ -164,6 +178,16 @@ class Link(asyncio.Protocol):
         """Accept bodies of at most `limit` bytes from now on."""
         self._frames.limit = limit
 
+    @property
+    def held(self) -> int:
+        """Bytes that this connection costs: of a half frame, of what waits to be sent, of what TLS and TCP have."""
+        written = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return self._frames.held + self.queue.held + written
+
+    def reads_one_frame_since(self, now_s: float) -> float:
+        """For how many seconds the frame that is being read has been coming in."""
+        return 0.0 if self._begun_s is None else now_s - self._begun_s
+
     def flush_soon(self) -> None:
         """Write what is queued, when this loop iteration is over."""
         if not self._scheduled:
@@ -176,6 +200,22 @@ class Link(asyncio.Protocol):
             self._counters[f"closed: {reason}"] += 1
             transport, self._transport = self._transport, None
             transport.abort()
+
+    def _hand_on(self) -> None:
+        """Hand on the frames of one turn; while some are left, nothing more is read from the socket."""
+        for _ in range(min(FRAMES_A_TURN, len(self._bodies))):
+            if self._transport is None:
+                return
+            self._received(self, self._bodies.popleft())
+        if self._transport is None:
+            return
+        if self._bodies:
+            if not self._resting:
+                self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._hand_on)
+        elif self._resting:
+            self._transport.resume_reading()
+        self._resting = bool(self._bodies)
 
     def _flush(self) -> None:
         self._scheduled = False

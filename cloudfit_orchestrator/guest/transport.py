@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
+from cloudfit_orchestrator.guest.crowd import Crowd
 from cloudfit_orchestrator.guest.dialler import HANDSHAKE_TIMEOUT_S, Dialler
 from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
@@ -17,10 +18,9 @@ from cloudfit_orchestrator.model.record import Client
 
 MAX_PEER_QUEUE = 32 << 20  # bytes that wait for one peer: a few chunks, or a window of batches
 MAX_CLIENT_QUEUE = 4 << 20  # bytes that wait for one client's connection
-MAX_LINKS_PER_PEER = 2  # a dialler that lost its connection is here again before we notice
-MAX_LINKS_PER_CLIENT = 16  # gateways share a key
 MAX_HANDSHAKES = 64  # at once; strangers can occupy no more
 ACCEPT_RETRY_S = 0.05
+SWEEP_S = 0.25  # between two looks at what connections hold: bounds what they can take in between
 _BACKLOG = 128
 
 
@@ -41,20 +41,20 @@ class Transport:
         self.counters: Counter[str] = Counter()
         self._from_peer, self._from_client = from_peer, from_client
         self._diallers: dict[str, Dialler] = {}
-        self._peer_links: dict[str, list[Link]] = {}
-        self._client_links: dict[bytes, list[Link]] = {}
+        self._crowd = Crowd(self.counters)
         self._owners: dict[Link, tuple[str | bytes, bytes]] = {}
         self._context = credentials.server_context([])
-        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}  # oldest first
+        self._handshakes: dict[asyncio.Task[None], tuple[socket.socket, str]] = {}  # with the address; oldest first
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def listen(self, host: str, port: int) -> int:
         """Listen on TCP; `port` 0 chooses one. Returns the port. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         self._listener.settimeout(0)
-        self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._accept(self._listener)), loop.create_task(self._sweep())]
         return int(self._listener.getsockname()[1])
 
     def configure(self, peers: Iterable[Peer], clients: Iterable[Client]) -> None:
@@ -86,12 +86,12 @@ class Transport:
 
     def answer(self, client: bytes, body: bytes) -> None:
         """Send to all connections of the client with that raw key."""
-        for link in self._client_links.get(client, ()):
+        for link in self._crowd.of(client):
             link.send(body)
 
     async def close(self) -> None:
         """Close everything."""
-        tasks = [*self._handshakes, *([self._accepting] if self._accepting else [])]
+        tasks = [*self._handshakes, *self._tasks]
         for task in tasks:
             task.cancel()
         for dialler in self._diallers.values():
@@ -106,18 +106,30 @@ class Transport:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, _ = await loop.sock_accept(listener)
+                connection, address = await loop.sock_accept(listener)
             except OSError as error:  # e.g. out of file descriptors: later again
                 self.counters[f"accept failed: {error.errno}"] += 1
                 await asyncio.sleep(ACCEPT_RETRY_S)
                 continue
-            if len(self._handshakes) >= MAX_HANDSHAKES:  # the oldest is the likeliest to be a stranger's
-                self.counters["refused: too many handshakes"] += 1
-                next(iter(self._handshakes)).cancel()
+            if len(self._handshakes) >= MAX_HANDSHAKES:
+                self._refuse_one()
             notice_dead_peers(connection)
             task = loop.create_task(self._greet(connection))
-            self._handshakes[task] = connection
+            self._handshakes[task] = connection, str(address[0])
             task.add_done_callback(self._greeted)
+            await asyncio.sleep(0)  # accepting what waits already would not: a flood must not have the loop for itself
+
+    def _refuse_one(self) -> None:
+        """Give up a handshake: of the address that has most of them the oldest, the likeliest to be a stranger's."""
+        self.counters["refused: too many handshakes"] += 1
+        waiting = [(task, address) for task, (_, address) in self._handshakes.items() if not task.cancelling()]
+        for most, _ in Counter(address for _, address in waiting).most_common(1):
+            next(task for task, address in waiting if address == most).cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._crowd.sweep(asyncio.get_running_loop().time())
 
     async def _greet(self, connection: socket.socket) -> None:
         try:
@@ -140,7 +152,7 @@ class Transport:
         )
 
     def _greeted(self, task: "asyncio.Task[None]") -> None:
-        connection = self._handshakes.pop(task)
+        connection, _ = self._handshakes.pop(task)
         if task.cancelled():  # perhaps before its first step
             connection.close()
 
@@ -159,18 +171,12 @@ class Transport:
         peer_id = None if client is not None else self.directory.peer(certificate)
         if client is not None:
             link.limit_frames(MAX_CLIENT_FRAME)
-            self._owners[link] = client, certificate
-            self._keep(self._client_links.setdefault(client, []), link, MAX_LINKS_PER_CLIENT)
-        elif peer_id is not None:
-            self._owners[link] = peer_id, certificate
-            self._keep(self._peer_links.setdefault(peer_id, []), link, MAX_LINKS_PER_PEER)
-        return client is not None or peer_id is not None
-
-    @staticmethod
-    def _keep(links: list[Link], link: Link, most: int) -> None:
-        links.append(link)
-        for oldest in links[: max(0, len(links) - most)]:
-            oldest.abort("too many connections of one owner")
+        owner = client if client is not None else peer_id
+        if owner is None:
+            return False
+        self._owners[link] = owner, certificate
+        self._crowd.join(owner, link)
+        return True
 
     def _received(self, link: Link, body: bytes) -> None:
         owner, _ = self._owners[link]
@@ -180,7 +186,5 @@ class Transport:
             self._from_peer(owner, body)
 
     def _ended(self, link: Link) -> None:
-        owner, _ = self._owners.pop(link, (None, b""))
-        links = self._client_links.get(owner, []) if isinstance(owner, bytes) else self._peer_links.get(owner or "", [])
-        if link in links:
-            links.remove(link)
+        owner, _ = self._owners.pop(link, ("", b""))
+        self._crowd.leave(owner, link)

@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
 from cloudfit_orchestrator.gateway.identity import self_signed
+from cloudfit_orchestrator.guest.crowd import MAX_LINKS_PER_PEER
 from cloudfit_orchestrator.guest.links import SendQueue
 from cloudfit_orchestrator.guest.tls import Credentials
-from cloudfit_orchestrator.guest.transport import MAX_LINKS_PER_PEER, Transport
+from cloudfit_orchestrator.guest.transport import Transport
 from cloudfit_orchestrator.model.record import Client
 from tests.unit.guest.fake_agent import Authority
 from tests.unit.guest.helpers import scenario, until
@@ -230,7 +231,7 @@ async def test_connections_of_one_owner_are_bounded():
         context = b.credentials.client_context(a.authority.der)
         open_ = [await dial(a, context) for _ in range(MAX_LINKS_PER_PEER + 1)]
         assert await ends(open_[0][0])
-        await until(lambda: len(a.transport._peer_links["r1#2"]) == MAX_LINKS_PER_PEER)
+        await until(lambda: len(a.transport._crowd.of("r1#2")) == MAX_LINKS_PER_PEER)
         for _, writer in open_:
             writer.close()
 
