@@ -11,6 +11,8 @@ import yaml
 
 MAX_SPEC_BYTES = 256 << 10  # a spec of 64 replicas on 64 clouds takes under 10 KB
 MAX_DEPTH = 32
+# What PyYAML raises where a scalar does not suit its explicit tag: `!!bool x`, `!!int ''`, `!!timestamp x`.
+_TAG_ERRORS = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
 
 Path = tuple[str | int, ...]
 
@@ -95,7 +97,7 @@ class _Builder:
             return [self.build(child, (*path, i)) for i, child in enumerate(node.value)]
         try:
             return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, *_TAG_ERRORS) as error:
             self._out.problems.append(_problem(node.start_mark, f"cannot be read as {node.tag}: {error}"))
             return None
 

@@ -80,11 +80,15 @@ class SnapshotFiles:
             except (OSError, BadError) as error:
                 self.damaged.append(Damage(path.name, None, str(error)))
                 continue
-            self.indexes[index.c, index.slot] = index
+            if path == self._index_path((index.c, index.slot)):
+                self.indexes[index.c, index.slot] = index
+            else:  # dropping it would remove another file
+                self.damaged.append(Damage(path.name, None, f"is the index of ({index.c}, {index.slot})"))
         self._known = self._all_places()
         self._next_pack = 1 + max((_pack_number(path) for path in self._files("pack-")), default=0)
         if not read_only:
-            self._sweep()
+            with disk_errors("clean", directory):
+                self._sweep()
 
     def save(self, c: int, slot: int, snapshot: Snapshot) -> int:
         """Persist durably: new chunks, then the index. Returns the bytes of chunks written.
