@@ -8,11 +8,16 @@ from typing import Any
 
 import click
 
-from cloudfit_orchestrator.bench import ordering
+from cloudfit_orchestrator.bench import ordering, plot, state
 from cloudfit_orchestrator.cli.output import EXIT_ERROR, format_option, guarded, print_json, print_table, show_progress
 from cloudfit_orchestrator.cli.simulate import bench_simulate
+from cloudfit_orchestrator.model.errors import BadInputError
 
 _DEFAULT = ordering.Parameters()
+_directory_option = click.option(
+    "--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path(),
+    help="Where temporary files live; on a disk. Default: the working directory.",
+)  # fmt: skip
 
 
 @click.group("bench", epilog="Example: cloudfit bench ordering --clients 64 --against etcd")
@@ -58,10 +63,7 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 @click.option("--against", type=click.Choice(["etcd"]), help="Alternate rounds with this peer, three members.")
 @click.option("--wan", metavar="DELAYS", help="Regions and one-way delays: a-b:20ms,a-c:35ms,b-c:50ms.")
 @click.option("--stop-slowest", is_flag=True, help="With --wan: the farthest replica stands still for half of a round.")
-@click.option(
-    "--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path(),
-    help="Where the temporary group lives; on a disk. Default: the working directory.",
-)  # fmt: skip
+@_directory_option
 @format_option
 @guarded
 def bench_ordering(
@@ -108,3 +110,44 @@ def _print_points(found: dict[str, Any]) -> None:
                     click.echo(
                         f"{who}, {point['clients']} clients: {seen['errors']} errors: {seen['first_error']}", err=True
                     )
+
+
+@bench_.command("state", epilog="Example: cloudfit bench state --sizes 10MB,100MB,1GB --changed 1000 -f json")
+@click.option("--sizes", default="10MB,100MB,1GB", show_default=True, metavar="LIST", help="Sizes of the state.")
+@click.option("--changed", type=int, default=1000, show_default=True, help="Keys that change between checkpoints.")
+@click.option("--value", type=int, default=1000, show_default=True, help="Bytes of a value.")
+@click.option("--repeat", type=int, default=5, show_default=True, help="Checkpoints; medians are reported.")
+@_directory_option
+@format_option
+@guarded
+def bench_state(sizes: str, changed: int, value: int, repeat: int, directory: Path, form: str) -> None:
+    """What a checkpoint costs by size of state: digest and snapshot, and what is written to disk."""
+    wanted = [state.parse_size(text) for text in sizes.split(",")]
+    signal.signal(signal.SIGTERM, _interrupt)
+    found = state.run(
+        wanted, changed, value=value, repeat=repeat, directory=directory.absolute(), report=show_progress
+    )  # fmt: skip
+    if form == "json":
+        print_json(found)
+        return
+    figures = ["change_ms", "checkpoint_ms", "checkpoint_cpu_ms", "save_ms", "save_cpu_ms", "written_mb", "rss_mb"]
+    print_table(
+        ["size_mb", "keys", *figures], [[p["size_mb"], p["keys"], *(p[f] for f in figures)] for p in found["points"]]
+    )
+    for name, factor in found["growth"].items():
+        verdict = "flat" if found["flat"][name] else "NOT flat"
+        click.echo(f"{name}: {factor} times the CPU time from the smallest to the largest state: {verdict}")
+    print_table(["function", "calls", "own_ms"], [list(row.values()) for row in found["profile"]])
+
+
+@bench_.command("plot", epilog="Example: cloudfit bench plot ebawa.json minbft.json -o curves.svg")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="SVG file.")
+@guarded
+def bench_plot(files: tuple[Path, ...], output: Path) -> None:
+    """Throughput and latency of several results of `bench ordering -f json`, best made with --sweep."""
+    drawing = plot.svg([curve for file in files for curve in plot.read_curves(file)])
+    try:
+        output.write_text(drawing)
+    except OSError as error:
+        raise BadInputError(f"cannot write {output}: {error.strerror}", next_command="name another by -o") from error

@@ -33,7 +33,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 
 @click.command(
     "simulate",
-    epilog="Examples: cloudfit bench simulate --seeds 1000 --n 3,5 --jobs 2; "
+    epilog="Example: cloudfit bench simulate --seeds 1000 --n 3,5 --jobs 2; "
     "cloudfit bench simulate --seeds 1 --first-seed 7 --n 3 --algorithm ebawa --shrink",
 )
 @click.option(
