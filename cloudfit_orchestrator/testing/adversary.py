@@ -127,17 +127,17 @@ class Adversary(Runtime):
         index = files.indexes.get((c, slot))
         if index is None:
             return
-        full = [i for i in range(BUCKETS) if index.places[i].length]
+        full = [i for i in range(BUCKETS) if index.heads[i]]
         for i in full[:: max(1, len(full) // MAX_FLIPPED)][:MAX_FLIPPED]:
-            path, place = files.pack_of(index, i)
-            with path.open("r+b") as pack:
-                pack.seek(place.offset)
-                chunk = pack.read(place.length)
-                if files.is_sound(index, i):
-                    pack.seek(place.offset)
-                    pack.write(flipped(chunk))
-                    pack.flush()
-                    os.fsync(pack.fileno())  # so that a snapshot of the disk shows it
+            if files.is_sound(index, i):
+                path, offset, length = files.piece_of(index, i)
+                with path.open("r+b") as segment:
+                    segment.seek(offset)
+                    body = segment.read(length)
+                    segment.seek(offset)
+                    segment.write(flipped(body))
+                    segment.flush()
+                    os.fsync(segment.fileno())  # so that a snapshot of the disk shows it
 
 
 async def adversary(where: machine.Machine) -> None:

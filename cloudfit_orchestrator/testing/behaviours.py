@@ -33,10 +33,12 @@ from cloudfit_orchestrator.bft.messages import (
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.testing.machine import Behaviour, Machine
+from cloudfit_orchestrator.testing.puppet import Puppet
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 
 Done = list[tuple[float, Effect]]  # what is done: delay in seconds and effect, in order
 MAX_KEPT = 200  # frames kept for replay
+PUPPETS = 0.35  # of taken machines: the strongest adversary, alone or in collusion
 
 
 class Deaf:
@@ -365,6 +367,7 @@ ALL: dict[str, Callable[[random.Random], Behaviour]] = {
     "corrupt-chunks": CorruptChunks,
     "never-proposes": NeverProposes,
     "garbage": Garbage,
+    "puppet": Puppet,
 }
 
 
@@ -398,6 +401,8 @@ class Together:
 
 def choose(rng: random.Random) -> tuple[str, ...]:
     """The names of some behaviours."""
+    if rng.random() < PUPPETS:
+        return ("puppet",)
     return tuple(sorted(rng.sample(sorted(ALL), rng.choice([1, 1, 2, 3]))))
 
 

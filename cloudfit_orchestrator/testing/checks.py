@@ -137,7 +137,7 @@ class Checks:
     def _look(self) -> None:
         self._sampled = self.observer.certified_count
         try:
-            if self.observer.advance() is None:
+            if self._world.judge() is None:
                 return
             self.observer.check_streams(self._counting())
             for machine in self._world.group:

@@ -29,7 +29,10 @@ from cloudfit_orchestrator.bft.effects import (
 from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME, StreamMessage
 from cloudfit_orchestrator.bft.replica import Replica
+from cloudfit_orchestrator.bft.slots import AgreementError
+from cloudfit_orchestrator.bft.voice import ProtocolError
 from cloudfit_orchestrator.model.channel import ErrorCode
+from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import Verifier
 from cloudfit_orchestrator.model.ui import message_digest
 from cloudfit_orchestrator.testing.disk import SimDisk
@@ -58,6 +61,10 @@ class World(Protocol):
 
     def body(self, digest: bytes, header: bytes, payload: bytes) -> None:
         """A body that a machine is about to have certified."""
+        ...
+
+    def judge(self) -> Configuration | None:
+        """All that was certified, judged: what an adversary who reads everything knows."""
         ...
 
     def report(self, machine: "Machine", topic: str, body: dict[str, Any]) -> None:
@@ -279,11 +286,17 @@ class Machine:
         replica = self.replica
         if replica is None or self.paused:
             return
-        now_s = self._clock_s()
-        if now_s - self._told_s >= CLOCK_S:
-            self._told_s = now_s
-            replica.tick(now_s)
-        action(replica)
+        try:
+            now_s = self._clock_s()
+            if now_s - self._told_s >= CLOCK_S:
+                self._told_s = now_s
+                replica.tick(now_s)
+            action(replica)
+        except (AgreementError, ProtocolError, BadError, LookupError, ValueError):
+            if self.correct:
+                raise
+            self.crash()  # a core that its owner lied to may well stop
+            return
         self._drain()
 
     # ------------------------------------------------------------------------------------------------------- effects

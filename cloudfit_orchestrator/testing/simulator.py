@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Effect, Send
+from cloudfit_orchestrator.bft.slots import AgreementError
 from cloudfit_orchestrator.model.errors import CloudfitError
 from cloudfit_orchestrator.model.record import Algorithm, Client, ConfigRecord
 from cloudfit_orchestrator.testing import behaviours
@@ -284,6 +286,13 @@ class Simulation:
     def body(self, digest: bytes, header: bytes, payload: bytes) -> None:
         """See `World`."""
         self.checks.observer.body(digest, header, payload)
+
+    def judge(self) -> Configuration | None:
+        """See `World`."""
+        try:
+            return self.checks.observer.advance()
+        except AgreementError as error:
+            raise FailedError("disagreement", f"of all that was certified: {error}") from error
 
     def watch(self, machine: Machine, effect: Effect) -> None:
         """See `World`."""

@@ -1,0 +1,340 @@
+"""A Byzantine replica that knows everything: it says whatever hurts, in its own name, and never forges a signature.
+
+It lets its core run for a while, then takes the core's voice away and speaks by itself: what a correct replica might
+say next, chosen to be awkward (an odd quorum, an old vote, a withheld tail), and now and then what breaks a rule. All
+puppets of a run share what the observer knows and show their streams to the same few victims first: they collude.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from cloudfit_orchestrator.bft.batch import make_batch
+from cloudfit_orchestrator.bft.configuration import Configuration
+from cloudfit_orchestrator.bft.effects import Certify, Effect
+from cloudfit_orchestrator.bft.judge import StreamState, leader, proposers
+from cloudfit_orchestrator.bft.merge import Merged, merge
+from cloudfit_orchestrator.bft.messages import (
+    NOOP,
+    Commit,
+    CommitNewView,
+    Entry,
+    Header,
+    Merge,
+    Named,
+    NewView,
+    Prepare,
+    Req,
+    Skip,
+    Stable,
+    StatementMessage,
+    StreamMessage,
+    ViewChange,
+    Wedge,
+    encode,
+)
+from cloudfit_orchestrator.bft.stream import Kept
+from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, sha256
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
+from cloudfit_orchestrator.testing.machine import Machine
+from cloudfit_orchestrator.wormhole.refusal import Refusal
+
+PACE_S = 0.015  # mean time between two moves
+HIDDEN_S = 1.0  # mean time for which a message is kept from who is no victim
+MALICE = (0.0, 0.02, 0.1, 0.3)  # share of moves that break a rule
+MOVES = {"commit": 9, "prepare": 6, "stable": 4, "commit_view": 7, "new_view": 5, "skip": 1, "ask": 1, "view_change": 2}
+
+
+class Puppet:
+    """See the module. A behaviour (`machine.Behaviour`)."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """`rng` makes all choices."""
+        self._rng = rng
+        self._left = rng.choice([0, 0, 3, 20])  # UIs that the core still gets
+        self._malice = rng.choice(MALICE)
+        self._c = 0
+        self._cv = 0  # the last counter that was used
+        self._moves = list(MOVES)
+        self._weights = [weight * rng.choice([0.3, 1, 1, 2]) for weight in MOVES.values()]
+        self._voted: set[tuple[int, str, int]] = set()
+        self._favourite = rng.getrandbits(16)
+
+    def hear(self, body: bytes) -> None:
+        """See `Behaviour`."""
+
+    def effects(self, machine: Machine, effect: Effect) -> list[tuple[float, Effect]]:
+        """See `Behaviour`."""
+        if not isinstance(effect, Certify):
+            return [(0, effect)]
+        self._left -= 1
+        if self._left >= 0 and self._c in (0, effect.c):
+            return [(0, effect)]
+        if self._c != effect.c:  # the first time, and in each configuration after that
+            self._c, self._cv = effect.c, effect.cv - 1
+            self._voted.clear()
+            self._plan(machine, effect.c)
+        return []
+
+    # ------------------------------------------------------------------------------------------------------ one move
+    def _plan(self, machine: Machine, c: int) -> None:
+        machine.world.schedule.after(self._rng.expovariate(1 / PACE_S), lambda: self._move(machine, c))
+
+    def _move(self, machine: Machine, c: int) -> None:
+        judge = machine.world.judge()
+        if judge is None or self._c != c or judge.record.c != c or machine.correct:
+            return
+        self._plan(machine, c)
+        if not machine.running or machine.paused or machine.identity.replica not in judge.streams:
+            return
+        stream = judge.streams[machine.identity.replica]
+        if stream.ended is not None or stream.waiting:
+            return  # nothing that follows would count; or it cannot be judged yet
+        if self._rng.random() < self._malice:
+            said = self._lie(machine, judge, stream.state)
+        else:
+            move = self._rng.choices(self._moves, self._weights)[0]
+            said = getattr(self, "_" + move)(machine, judge, stream.state)
+        if said is not None:
+            self._say(machine, *said)
+
+    def _say(self, machine: Machine, header: Header, payload: bytes = b"", batch: bytes = b"") -> None:
+        try:
+            message = machine.forge(self._c, self._cv + 1, encode(header), payload)
+        except Refusal:
+            return  # frozen, or the session is a new one: later
+        self._cv += 1
+        frame = encode(msgspec.structs.replace(message, batch=batch) if batch else message)
+        machine.marked[frame] = "puppet"
+        victims = random.Random(self._favourite ^ self._cv // 8)
+        for peer in machine.peers:
+            if victims.random() < 0.5:
+                machine.world.carry(machine, peer, frame)
+            elif self._rng.random() < 0.7:
+                self._show_later(machine, peer, frame)
+        if machine.peers:  # its own core learns of it, and answers who asks for it
+            machine.receive(machine.peers[0], encode(message))
+
+    def _show_later(self, machine: Machine, peer: str, frame: bytes) -> None:
+        delay_s = self._rng.expovariate(1 / HIDDEN_S)
+        machine.world.schedule.after(delay_s, lambda: machine.world.carry(machine, peer, frame))
+
+    # ------------------------------------------------------------------------------------ what a correct one might say
+    def _own_slots(self, machine: Machine, judge: Configuration, state: StreamState) -> list[int]:
+        if state.v > state.e:
+            return []
+        turn = proposers(judge.record, state.e, state.blacklist, state.retired)
+        last = state.h + judge.record.parameters.window
+        me = machine.identity.replica
+        return [s for s in range(max(state.p, state.h) + 1, last + 1) if turn[s % len(turn)] == me]
+
+    def _batch(self, machine: Machine) -> tuple[bytes, bytes]:
+        """(digest, batch): bundles of clients, perhaps of old; or no batch at all."""
+        assert machine.replica is not None
+        waiting = [w.data for w in machine.replica._at.pool.bundles()]  # noqa: SLF001
+        batch = make_batch(self._rng.sample(waiting, min(len(waiting), 2))) if waiting else make_batch([b"none"])
+        configuration = machine.configuration
+        held = configuration.batches.all() if configuration is not None else []
+        if held and self._rng.random() < 0.3:
+            batch = self._rng.choice(held)
+        return sha256(b"cloudfit/batch/v1\0", batch), batch
+
+    def _prepare(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        slots = self._own_slots(machine, judge, state)
+        if not slots:
+            return None
+        digest, batch = self._batch(machine)
+        shown = batch if self._rng.random() < 0.7 else b""
+        return Prepare(judge.record.c, state.e, self._rng.choice(slots[:2]), digest), b"", shown
+
+    def _skip(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        slots = self._own_slots(machine, judge, state)
+        if not slots:
+            return None
+        first, last = sorted(self._rng.choices(slots, k=2))
+        return (Skip(judge.record.c, state.e, first, last),)
+
+    def _proposals(self, judge: Configuration, me: str, fits: Callable[[Prepare | Skip], bool]) -> list[Kept]:
+        return [
+            kept
+            for stream in judge.streams.values()
+            if stream.replica != me
+            for kept in list(stream.kept.values())[-64:]
+            if isinstance(kept.header, Prepare | Skip) and fits(kept.header)
+        ]
+
+    def _commit(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        if state.v > state.e:
+            return None
+        window = judge.record.parameters.window
+
+        def fits(header: Prepare | Skip) -> bool:
+            end = header.s if isinstance(header, Prepare) else header.s2
+            return header.g == state.e and state.h < end <= state.h + window
+
+        found = [
+            kept
+            for kept in self._proposals(judge, machine.identity.replica, fits)
+            if (state.e, kept.message.replica, kept.message.cv) not in self._voted
+        ]
+        if not found:
+            return None
+        chosen = self._rng.sample(found, self._rng.randint(1, min(len(found), window)))
+        self._voted |= {(state.e, kept.message.replica, kept.message.cv) for kept in chosen}
+        return (Commit(judge.record.c, state.e, tuple(_entry(kept) for kept in chosen)),)
+
+    def _stable(self, machine: Machine, judge: Configuration, state: StreamState, **false: Any) -> Any:
+        certificates = judge.statements.certificates
+        slots = [s for s in certificates if s > state.h] or ([*certificates] if false else [])
+        if not slots:
+            return None
+        certificate = certificates[self._rng.choice(slots)]
+        vector = []
+        for stream in judge.streams.values():
+            if stream.replica != machine.identity.replica and self._rng.random() < 0.8:
+                named = stream.last_stable
+                if self._rng.random() < 0.2:  # attests what it cannot know
+                    named = Named(stream.replica, named.cv + self._rng.randint(1, 9), bytes(DIGEST_BYTES))
+                vector.append(named)
+        fields: dict[str, Any] = {
+            "h": certificate.slot, "digest": certificate.digest, "certificate": certificate.signatures,
+            "v": state.v, "e": state.e, "p": state.p, "blacklist": state.blacklist, "retired": state.retired,
+            "vector": tuple(vector), **false,
+        }  # fmt: skip
+        return (Stable(judge.record.c, **fields),)
+
+    def _ask(self, machine: Machine, judge: Configuration, state: StreamState) -> None:
+        """REQ for a later view: f of them change nothing, but who joins is quickly moved on."""
+        c = judge.record.c
+        body = LAYOUT[Kind.REQ].pack(max(state.v, state.e) + self._rng.choice([1, 1, 2, judge.record.n]))
+        try:
+            signature = machine.wormhole.sign(c, Kind.REQ, body)
+        except Refusal:
+            return
+        frame = encode(StatementMessage(c, machine.identity.replica, Kind.REQ, body, signature))
+        for peer in machine.peers:
+            machine.world.carry(machine, peer, frame)
+
+    def _view_change(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        del machine
+        asked = judge.statements.view_wanted()
+        if asked[0] <= max(state.v, state.e):
+            return None
+        return (ViewChange(judge.record.c, asked[0], asked[1], ()),)
+
+    def _merged(self, judge: Configuration, g: int) -> tuple[Merged, tuple[Named, ...]] | None:
+        votes = judge.votes.of(g)
+        quorum = judge.record.quorums.view_change
+        if len(votes) < quorum:
+            return None
+        chosen = self._rng.sample(votes, quorum)
+        outcome = merge(judge.record, chosen, judge)
+        return (outcome, tuple(vote.name for vote in chosen)) if isinstance(outcome, Merged) else None
+
+    def _new_view(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        g = state.v
+        found = self._merged(judge, g) if g > state.e and leader(judge.record, g) == machine.identity.replica else None
+        if found is None:
+            return None
+        m, names = found
+        if m.h > state.h or m.s_max > state.h + judge.record.parameters.window:
+            return None
+        header = NewView(judge.record.c, g, m.h, m.s_max, m.blacklist, m.retired)
+        return header, encode(Merge(names, m.choices))
+
+    def _commit_view(
+        self, machine: Machine, judge: Configuration, state: StreamState, *, any_view: bool = False
+    ) -> Any:
+        for g, view in sorted(judge.new_views.items(), reverse=True):
+            message, header = view.message, view.header
+            fits = header.h <= state.h and header.s_max <= state.h + judge.record.parameters.window
+            if message.replica != machine.identity.replica and (any_view or (fits and g > state.e and g >= state.v)):
+                return (_cited(judge.record.c, g, message),)
+        return None
+
+    # --------------------------------------------------------------------------------------------- what breaks a rule
+    def _lie(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        lies = [
+            self._lie_vote, self._lie_vote, self._lie_proposal, self._lie_stable, self._lie_stable, self._lie_view,
+            self._lie_view, self._lie_entry, self._lie_wedge,
+        ]  # fmt: skip
+        return self._rng.choice(lies)(machine, judge, state)
+
+    def _lie_vote(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A vote in another view, after a VIEW-CHANGE, or beyond the window."""
+        found = self._proposals(judge, machine.identity.replica, lambda _: True)
+        if not found:
+            return None
+        kept = self._rng.choice(found)
+        del state
+        return (Commit(judge.record.c, kept.header.g, (_entry(kept),)),)  # type: ignore[union-attr]
+
+    def _lie_proposal(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """For a slot of another, a slot proposed already, beyond the window, in another view."""
+        digest, batch = self._batch(machine)
+        window = judge.record.parameters.window
+        slot = self._rng.randint(max(1, state.h - 1), state.h + window + 2)
+        view = self._rng.choice([state.e, state.e, max(0, state.e - 1), state.v if state.v < 1 << 60 else 0])
+        return Prepare(judge.record.c, view, slot, digest), b"", batch
+
+    def _lie_stable(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """Of another state than its stream's, going back, or without a certificate."""
+        false: dict[str, Any] = self._rng.choice(
+            [
+                {"p": max(0, state.p - 1)},
+                {"e": max(0, state.e - 1)},
+                {"v": state.e},
+                {"blacklist": (judge.record.members[0].replica,)},
+                {"h": state.h},
+                {"h": state.h + judge.record.parameters.checkpoint_period, "certificate": ()},
+            ]
+        )
+        return self._stable(machine, judge, state, **false)
+
+    def _lie_view(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A NEW-VIEW that does not follow, one of a view that it does not lead, a COMMIT of one out of turn, a
+        VIEW-CHANGE that nobody asked for.
+        """
+        kind = self._rng.randrange(4)
+        me, c = machine.identity.replica, judge.record.c
+        if kind == 0:
+            return self._commit_view(machine, judge, state, any_view=True)
+        if kind == 1:
+            return (ViewChange(c, max(state.v, state.e) + 1, (Req(me, 1 << 40, bytes(SIGNATURE_BYTES)),), ()),)
+        g = max(state.v, 1) if state.v < 1 << 60 else 1
+        while leader(judge.record, g) != me and kind == 2:
+            g += 1
+        found = self._merged(judge, g)
+        h = state.h
+        choices = found[0].choices if found is not None else ()
+        names = found[1] if found is not None else ()
+        s_max = max(h, found[0].s_max - 1 if found is not None else h)
+        choices = tuple(msgspec.structs.replace(x, batch=NOOP) for x in choices if x.s <= s_max)
+        return NewView(c, g, h, s_max, (), ()), encode(Merge(names, choices))
+
+    def _lie_entry(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A vote for what nobody proposed. It is ignored, and ends nothing."""
+        proposal = encode(Prepare(judge.record.c, state.e, state.h + 1, self._batch(machine)[0]))
+        proposer = proposers(judge.record, state.e, state.blacklist, state.retired)[0]
+        entry = Entry(state.h + 1, state.h + 1, proposer, 1, proposal, bytes(SIGNATURE_BYTES))
+        return (Commit(judge.record.c, state.e, (entry,)),)
+
+    def _lie_wedge(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A wedge, if there is a record for it: and it goes on after that."""
+        del state
+        assert machine.replica is not None
+        newest = machine.replica._succession.successors.newest()  # noqa: SLF001
+        return (Wedge(judge.record.c, newest[1]),) if newest is not None else None
+
+
+def _entry(kept: Kept) -> Entry:
+    header, message = kept.header, kept.message
+    assert isinstance(header, Prepare | Skip)
+    ends = (header.s, header.s) if isinstance(header, Prepare) else (header.s1, header.s2)
+    return Entry(*ends, message.replica, message.cv, message.header, message.certificate)
+
+
+def _cited(c: int, g: int, message: StreamMessage) -> CommitNewView:
+    return CommitNewView(c, g, message.cv, message.header, sha256(message.payload), message.certificate)
