@@ -1,8 +1,8 @@
 import json
 import tempfile
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-import xml.etree.ElementTree as ET
 
 import pytest
 from click.testing import CliRunner
