@@ -228,6 +228,26 @@ class Cloud(ABC):
     def delete_network(self, deployment: str, name: str) -> None:
         """Remove our network of that name; none is no error. RefusedError: a stranger's, or machines still use it."""
 
+    def given_network(self, name: str) -> NetworkSpec | None:
+        """Where machines get their addresses if the network is the operator's, under our `name` for it; else None.
+
+        Its `address` is the subnet's own.
+        """
+        del name
+        return None
+
+    def reserve_address(self, deployment: str, group: str, replica: str, role: Role, operation: str) -> str | None:
+        """The address of that machine-to-be, the same on repetition; None where the caller chooses it."""
+        del deployment, group, replica, role, operation
+        return None
+
+    def admit(self, deployment: str, group: str, addresses: Collection[str], port: int) -> None:
+        """Let these hosts reach the group's machines by TCP on `port`, and clients, and nobody else.
+
+        Nothing is done where the network does not filter.
+        """
+        del deployment, group, addresses, port
+
     @abstractmethod
     def create(self, spec: MachineSpec) -> Machine:
         """Create and start the machine, unless one with this identity exists: that one is returned, paused or running.

@@ -11,6 +11,7 @@ from cloudfit_orchestrator.model.errors import BadInputError, PermanentError
 ENTRY_POINTS = "cloudfit.clouds"
 DRIVERS = {  # name -> module:class; imported when asked for, so that the process driver needs no libvirt
     "libvirt": "cloudfit_orchestrator.clouds.libvirt_cloud.driver:LibvirtCloud",
+    "openstack": "cloudfit_orchestrator.clouds.openstack:OpenStackCloud",
     "process": "cloudfit_orchestrator.clouds.process:ProcessCloud",
 }
 

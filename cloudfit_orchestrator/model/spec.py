@@ -6,14 +6,29 @@ from cloudfit_orchestrator.model.record import Algorithm, Parameters
 
 
 @dataclass(frozen=True, slots=True)
+class OpenStackPlace:
+    """Where in an OpenStack machines go, by names that its operator gave. Nothing secret: that is in clouds.yaml."""
+
+    cloud: str  # in clouds.yaml
+    flavor: str
+    network: str  # an existing one, routed to the group's other networks
+    region: str = ""  # empty: as clouds.yaml says
+    availability_zone: str = ""
+    volume_type: str = ""  # empty: the cloud's default
+    clients: tuple[str, ...] = ()  # CIDRs from which clients come; this host is always let in
+    hypervisor: str = "qemu:///system"  # libvirt URI of the compute host, as its agent names it
+
+
+@dataclass(frozen=True, slots=True)
 class CloudSpec:
     """One cloud of the group. `driver`: libvirt | process | openstack."""
 
     name: str
     driver: str
-    uri: str = ""  # libvirt only
+    uri: str = ""  # of libvirt; for openstack openstack+ssh://user@host where the agent's host is another one
     network: str = ""  # CIDR for this deployment's network in that cloud; empty: a free one is chosen
     agent_socket: str = ""  # of a running agent on that host; empty: the controller runs one itself (local clouds only)
+    openstack: OpenStackPlace | None = None
 
     @property
     def local(self) -> bool:

@@ -9,9 +9,7 @@ through libvirt streams: nothing but libvirt's own transport is needed there.
 """
 
 import os
-import shutil
 import stat
-import subprocess
 import tempfile
 import uuid
 import xml.etree.ElementTree as ET
@@ -24,46 +22,12 @@ from typing import Any, BinaryIO
 import libvirt
 
 from cloudfit_orchestrator.clouds.libvirt_cloud.connection import NOT_FOUND, Connection, trying
+from cloudfit_orchestrator.clouds.state_disk import MIB, MKFS, packed_state_disk, reporting, run_tool
 from cloudfit_orchestrator.model.errors import PermanentError
 
-TOOL_TIMEOUT_S = 120.0  # mkfs.ext4 of a sparse terabyte takes seconds
 MAX_SIDECAR_BYTES = 64 << 10
 STREAM_CHUNK = 256 << 10  # libvirt's own limit of one stream packet
-MIB = 1 << 20
-# Fixed, so that a disk is the same wherever it is made: no lazily made tables (the guest would write them later), a
-# small journal (state is small and fsynced), no reserve for root, checksums on metadata.
-_MKFS = (
-    "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-J", "size=4", "-L", "cloudfit-state",
-    "-O", "metadata_csum,^resize_inode", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard",
-)  # fmt: skip
-
-
 _IMAGE = "image-"  # names of image files that were brought to a host, by content
-
-
-@contextmanager
-def _io(tried: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PermanentError(f"{tried}: {error.strerror or error}", next_command="df -h; ls -ld the path") from error
-
-
-def _tool(command: list[str], tried: str) -> None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=TOOL_TIMEOUT_S
-        )
-    except FileNotFoundError as error:
-        raise PermanentError(
-            f"{tried}: {command[0]} is not installed", next_command="apt-get install e2fsprogs qemu-utils"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise PermanentError(f"{tried}: {command[0]} took over {TOOL_TIMEOUT_S:.0f} s", next_command="df -h") from error
-    if done.returncode != 0:
-        raise PermanentError(
-            f"{tried}: {command[0]} exited with {done.returncode}: {done.stderr.strip()[-300:]}", next_command="df -h"
-        )
 
 
 class Storage(ABC):
@@ -123,7 +87,7 @@ class LocalStorage(Storage):
         self._user = user
 
     def _ensure(self) -> None:
-        with _io(f"make the directory {self.root}"):
+        with reporting(f"make the directory {self.root}"):
             if not self.root.is_dir():
                 self.root.mkdir(parents=True, exist_ok=True)
                 self.root.chmod(0o711)  # QEMU opens by name, others list nothing
@@ -144,12 +108,12 @@ class LocalStorage(Storage):
                 )
 
     def names(self, prefix: str = "") -> set[str]:
-        with _io(f"list {self.root}"):
+        with reporting(f"list {self.root}"):
             return {p.name for p in self.root.iterdir() if p.name.startswith(prefix)} if self.root.is_dir() else set()
 
     def read(self, name: str) -> bytes | None:
         try:
-            with _io(f"read {self.path(name)}"), self.path(name).open("rb") as file:
+            with reporting(f"read {self.path(name)}"), self.path(name).open("rb") as file:
                 return file.read(MAX_SIDECAR_BYTES)
         except PermanentError as error:
             if isinstance(error.__cause__, FileNotFoundError):
@@ -162,7 +126,7 @@ class LocalStorage(Storage):
         self._ensure()
         temporary = self.root / f".{uuid.uuid4().hex}.new"
         try:
-            with _io(f"write {self.path(name)}"):
+            with reporting(f"write {self.path(name)}"):
                 temporary.touch(mode=0o600)
                 yield temporary
                 if self._user is not None:
@@ -197,19 +161,19 @@ class LocalStorage(Storage):
             return
         with self._whole(name, 0o600) as temporary:
             os.truncate(temporary, size_mib * MIB)
-            _tool([*_MKFS, str(temporary)], f"make the state disk {self.path(name)}")
+            run_tool([*MKFS, str(temporary)], f"make the state disk {self.path(name)}")
 
     def make_overlay(self, name: str, backing: str, backing_format: str, size_bytes: int) -> None:
         with self._whole(name, 0o600) as temporary:
             temporary.unlink()
-            _tool(
+            run_tool(
                 ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", str(self.path(backing)), "-F", backing_format,
                  str(temporary), str(size_bytes)],
                 f"make the overlay {self.path(name)}",
             )  # fmt: skip
 
     def capacity(self, name: str) -> int:
-        with _io(f"read {self.path(name)}"), self.path(name).open("rb") as file:
+        with reporting(f"read {self.path(name)}"), self.path(name).open("rb") as file:
             head = file.read(32)
             # A raw disk of ours begins with ext4's zero boot block. The magic is read only from qcow2 files by name.
             if name.endswith(".qcow2"):
@@ -217,7 +181,7 @@ class LocalStorage(Storage):
             return file.seek(0, os.SEEK_END)
 
     def remove(self, name: str) -> None:
-        with _io(f"remove {self.path(name)}"):
+        with reporting(f"remove {self.path(name)}"):
             self.path(name).unlink(missing_ok=True)
 
     def release(self) -> None:
@@ -321,7 +285,7 @@ class PoolStorage(Storage):
 
     def place(self, source: Path, sha256: str) -> Path:
         name = _IMAGE + sha256
-        with _io(f"read the image file {source}"), source.open("rb") as file:
+        with reporting(f"read the image file {source}"), source.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             volume = self._volume(name)
@@ -336,18 +300,8 @@ class PoolStorage(Storage):
     def make_disk(self, name: str, size_mib: int) -> None:
         if self._volume(name) is not None:
             return
-        directory = Path(tempfile.mkdtemp(prefix="cloudfit-"))
-        try:
-            raw, packed = directory / "raw", directory / "qcow2"
-            with _io(f"make a state disk in {directory}"):
-                raw.touch()
-                os.truncate(raw, size_mib * MIB)
-                _tool([*_MKFS, str(raw)], f"make the state disk {name}")
-                _tool(["qemu-img", "convert", "-O", "qcow2", str(raw), str(packed)], f"pack the state disk {name}")
-                with packed.open("rb") as file:
-                    self._upload(name, file, packed.stat().st_size, "qcow2", size_mib * MIB)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        with packed_state_disk(size_mib) as packed, packed.open("rb") as file:
+            self._upload(name, file, packed.stat().st_size, "qcow2", size_mib * MIB)
 
     def make_overlay(self, name: str, backing: str, backing_format: str, size_bytes: int) -> None:
         self.remove(name)

@@ -204,5 +204,5 @@ def test_the_probe_guest_is_a_multiboot_image_of_a_few_bytes():
 def test_drivers_are_declared():
     assert registry.driver("libvirt") is LibvirtCloud
     assert registry.driver("process") is ProcessCloud
-    with pytest.raises(BadInputError, match="libvirt, process"):
+    with pytest.raises(BadInputError, match="libvirt, openstack, process"):
         registry.driver("nimbus")

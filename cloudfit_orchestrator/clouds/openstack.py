@@ -1,0 +1,401 @@
+"""The OpenStack driver: servers, volumes and addresses of one project in one region. See `clouds.base` for the rules.
+
+A machine is a server with a port of its own, whose second disk is a Cinder volume. Its network is the operator's: what
+is called the deployment's network elsewhere is here its security groups, server groups and images, which go when its
+last machine has gone.
+"""
+
+import socket
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cloudfit_orchestrator.clouds.base import (
+    Cloud,
+    CloudFacts,
+    DiskSnapshot,
+    Machine,
+    MachineSpec,
+    MachineState,
+    NetworkSpec,
+    Orphan,
+    OrphanKind,
+    Ownership,
+    check_name,
+)
+from cloudfit_orchestrator.clouds.openstack_api import Api
+from cloudfit_orchestrator.clouds.openstack_images import Images, check_command_line
+from cloudfit_orchestrator.clouds.openstack_network import Network
+from cloudfit_orchestrator.clouds.openstack_servers import Boot, Servers, state_of
+from cloudfit_orchestrator.clouds.openstack_tags import (
+    KIND,
+    Reservation,
+    group_of_label,
+    owner_of,
+    owner_of_label,
+)
+from cloudfit_orchestrator.clouds.openstack_volumes import OVERLAY, STATE, Volumes
+from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, RefusedError
+from cloudfit_orchestrator.model.image import Role
+from cloudfit_orchestrator.model.spec import OpenStackPlace
+
+LOCKS = 64  # machines are spread over so many locks: two calls for one machine wait for each other
+GIB = 1 << 30
+
+
+class OpenStackCloud(Cloud):
+    """One project in one region, by an entry of clouds.yaml."""
+
+    driver: ClassVar[str] = "openstack"
+    isolated: ClassVar[bool] = True
+
+    def __init__(self, *, home: Path, place: OpenStackPlace, api: Api | None = None) -> None:
+        """`home` is not used: everything is in the cloud. `api`: instead of one for `place`. Connects when needed."""
+        del home
+        self.place = place
+        self.api = api or Api(place.cloud, place.region)
+        self.images = Images(self.api)
+        self.network = Network(self.api, place.network)
+        self.servers = Servers(self.api)
+        self.volumes = Volumes(self.api, place.availability_zone, place.volume_type)
+        self._locks = tuple(threading.RLock() for _ in range(LOCKS))
+
+    @contextmanager
+    def _locked(self, owner: Ownership) -> Iterator[None]:
+        with self._locks[int(owner.key, 16) % LOCKS]:
+            yield
+
+    def facts(self) -> CloudFacts:
+        tried = f"ask {self.api.name} for its version"
+        version = ((self.api.get("compute", "/", tried) or {}).get("version") or {}).get("version", "unknown")
+        return CloudFacts(
+            driver=self.driver,
+            uri=self.api.name,
+            version=f"compute API {version}",
+            accelerator="none",
+            reason="the cloud does not show it",
+            isolated=True,
+        )
+
+    # The network
+
+    def ensure_network(self, deployment: str, network: NetworkSpec) -> None:
+        check_name("deployment", deployment)
+        given = self.given_network(network.name)
+        assert given is not None
+        if (given.prefix, given.gateway) != (network.prefix, network.gateway):
+            raise RefusedError(
+                f"network {self.place.network} of {self.api.name} has now the gateway {given.gateway}/{given.prefix}, "
+                f"this deployment began with {network.gateway}/{network.prefix}",
+                next_command="cloudfit group destroy the groups on it, then apply again",
+            )
+
+    def given_network(self, name: str) -> NetworkSpec | None:
+        subnet = self.network.subnet()
+        address, prefix = str(subnet["cidr"]).split("/")
+        return NetworkSpec(name, address, int(prefix), str(subnet["gateway_ip"]))
+
+    def reserve_address(self, deployment: str, group: str, replica: str, role: Role, operation: str) -> str | None:
+        return self.network.reserve(Reservation(deployment, group, replica, role, operation))
+
+    def admit(self, deployment: str, group: str, addresses: Collection[str], port: int) -> None:
+        gateway = str(self.network.subnet()["gateway_ip"])
+        networks = {f"{a}/32" for a in addresses} | set(self.place.clients) | {f"{own_address(gateway)}/32"}
+        self.network.admit(deployment, group, networks, port)
+
+    def delete_network(self, deployment: str, name: str) -> None:
+        if self.servers.of_deployment(deployment):
+            raise RefusedError(f"machines of {deployment} still stand in {self.api.name}: {name} stays")
+        for port, _ in self.network.reserved(deployment):
+            self.network.remove_port(port)
+        for group in self.network.groups(deployment):
+            self.network.remove_group(group)
+        for group in self.servers.groups(deployment):
+            self.servers.remove_group(group)
+        self.images.remove_all(deployment)
+
+    # Machines
+
+    def create(self, spec: MachineSpec) -> Machine:
+        owner = spec.owner
+        with self._locked(owner):
+            check_command_line(spec.manifest)
+            existed = bool(self.servers.all_of(owner))
+            try:
+                server = self.servers.create(owner, spec.fingerprint, lambda: self._boot(spec))
+            except PermanentError:
+                if not existed:
+                    self._undo(owner)
+                raise
+            return self._machine(server, owner)
+
+    def _undo(self, owner: Ownership) -> None:
+        """A creation failed for good: nothing of it stays. What cannot be removed now is an orphan, listed as such."""
+        try:
+            self._clear(owner)
+        except CloudfitError:
+            return  # the error that is under way says why; this one would hide it
+
+    def _boot(self, spec: MachineSpec) -> Boot:
+        owner = spec.owner
+        flavor = self.flavor(spec)
+        image = self.images.ensure_boot(spec)
+        port = None if spec.network is None else self.network.take(owner, spec.network.address)
+        volume: Mapping[str, Any] | None = None
+        if spec.state_disk is not None:
+            size_mib = spec.state_disk.size_mib
+            empty = self.images.ensure_state(owner.deployment, max(1, -(-size_mib // 1024)))
+            volume = self.volumes.ensure_state(owner, size_mib, empty)
+        elif spec.attach is not None:
+            volume = self.volumes.ensure_overlay(owner, spec.attach)
+        group = self.servers.ensure_group(owner.deployment, owner.group)
+        used = {str((s.get("image") or {}).get("id")) for s in self.servers.of_deployment(owner.deployment)}
+        self.images.collect(owner.deployment, {*used, image})
+        return Boot(
+            image=image,
+            flavor=str(flavor["id"]),
+            port=None if port is None else str(port["id"]),
+            volume=None if volume is None else str(volume["id"]),
+            zone=self.place.availability_zone,
+            group=group,
+        )
+
+    def flavor(self, spec: MachineSpec) -> dict[str, Any]:
+        """The flavor. PermanentError if there is none or it is too small for `spec`."""
+        found = self.find_flavor()
+        root_bytes = max((p.offset + p.size for p in spec.manifest.parts if p.name in ("root", "verity")), default=0)
+        wrong = flavor_faults(found, spec.memory_mib, spec.cpus, root_bytes)
+        if wrong:
+            raise PermanentError(
+                f"flavor {self.place.flavor} of {self.api.name}: {'; '.join(wrong)}",
+                next_command=f"openstack --os-cloud {self.place.cloud} flavor list, and name a larger one in the spec",
+            )
+        return found
+
+    def find_flavor(self) -> dict[str, Any]:
+        """The flavor by name or id. PermanentError if there is none."""
+        name = self.place.flavor
+        tried = f"look up the flavor {name}"
+        listed = self.api.list("compute", "/flavors/detail", "flavors", tried, limit="500")
+        found = next((f for f in listed if name in (f.get("name"), f.get("id"))), None)
+        if found is None:
+            known = ", ".join(sorted(str(f.get("name")) for f in listed)) or "none"
+            raise PermanentError(
+                f"{self.api.name} has no flavor {name!r}; it has {known}", next_command="correct flavor in the spec"
+            )
+        return found
+
+    def _machine(self, server: Mapping[str, Any], owner: Ownership) -> Machine:
+        identity = str(server["id"])
+        volumes = server.get("os-extended-volumes:volumes_attached") or []
+        return Machine(
+            id=identity,
+            owner=owner,
+            state=state_of(server),
+            channel=Path(identity, "channel"),  # on the compute host, where the agent makes it
+            console=Path(identity, "console.log"),
+            state_disk=Path("cinder", str(volumes[0]["id"])) if volumes else None,
+            reference={"driver": "libvirt", "uri": self.place.hypervisor, "uuid": identity},
+        )
+
+    def find(self, owner: Ownership) -> Machine | None:
+        server = self.servers.find(owner)
+        if server is None:
+            return None
+        theirs = owner_of(server["metadata"])
+        assert theirs is not None
+        return self._machine(server, theirs)
+
+    def machines(self, deployment: str) -> Sequence[Machine]:
+        found = [(s, owner_of(s["metadata"])) for s in self.servers.of_deployment(deployment)]
+        return sorted((self._machine(s, o) for s, o in found if o is not None), key=lambda m: m.owner.name)
+
+    def start(self, machine: Machine) -> Machine:
+        with self._locked(machine.owner):
+            return self._machine(self.servers.start(machine.id, machine.owner), machine.owner)
+
+    def pause(self, machine: Machine) -> Machine:
+        with self._locked(machine.owner):
+            return self._machine(self.servers.pause(machine.id, machine.owner), machine.owner)
+
+    def resume(self, machine: Machine) -> Machine:
+        with self._locked(machine.owner):
+            return self._machine(self.servers.resume(machine.id, machine.owner), machine.owner)
+
+    def stop(self, machine: Machine) -> Machine:
+        with self._locked(machine.owner):
+            return self._machine(self.servers.stop(machine.id, machine.owner), machine.owner)
+
+    def destroy(self, machine: Machine) -> None:
+        with self._locked(machine.owner):
+            self._clear(machine.owner)
+        self._leave(machine.owner.deployment, machine.owner.group)
+
+    def _clear(self, owner: Ownership) -> None:
+        """All servers, ports and volumes of that identity; a volume with a snapshot stays behind for it."""
+        for server in self.servers.all_of(owner):
+            self.servers.remove(server)
+        self.network.remove_ports(owner)
+        for volume in self.volumes.of(owner):
+            self.volumes.wait_free(volume)
+            self.volumes.keep_or_remove(volume)
+
+    def _leave(self, deployment: str, group: str) -> None:
+        """Remove what belongs to a replica group as a whole, once its last machine has gone from here."""
+
+        def mine(owner: Ownership | None) -> bool:
+            return owner is not None and (owner.deployment, owner.group) == (deployment, group)
+
+        if any(mine(owner_of(s["metadata"])) for s in self.servers.of_deployment(deployment)):
+            return
+        if any(mine(owner_of_label(p.get("description"))) for p in self.network.ports()):
+            return
+        for port, reserved in self.network.reserved(deployment):
+            if reserved.group == group:
+                self.network.remove_port(port)
+        for found in self.network.groups(deployment):
+            if group_of_label(found["description"]) == (deployment, group):
+                self.network.remove_group(found)
+        for found in self.servers.groups(deployment):
+            if group_of_label(found["name"]) == (deployment, group):
+                self.servers.remove_group(found)
+
+    # Disks
+
+    def snapshot(self, machine: Machine, operation: str) -> DiskSnapshot:
+        owner = machine.owner
+        with self._locked(owner):
+            taken = self.volumes.find_snapshot(owner, operation)
+            if taken is not None:
+                return taken
+            server = self.servers.get(machine.id)
+            if server is None:
+                raise PermanentError(f"machine {owner.name} does not exist in {self.api.name}")
+            volume = next((v for v in self.volumes.of(owner) if v["metadata"].get(KIND) == STATE), None)
+            if volume is None:
+                raise PermanentError(f"machine {owner.name} has no state disk")
+            if state_of(server) is MachineState.RUNNING:
+                raise PermanentError(f"machine {owner.name} is running: its disk changes", next_command="pause it")
+            return self.volumes.snapshot(owner, volume, operation)
+
+    def snapshots(self, deployment: str) -> Sequence[DiskSnapshot]:
+        return self.volumes.snapshots(deployment)
+
+    def delete_snapshot(self, snapshot: DiskSnapshot) -> None:
+        with self._locked(snapshot.owner):
+            self.volumes.delete_snapshot(snapshot, alive=lambda owner: bool(self.servers.all_of(owner)))
+
+    def attach(self, machine: Machine, snapshot: DiskSnapshot) -> Machine:
+        owner = machine.owner
+        with self._locked(owner):
+            others = [v for v in self.volumes.of(owner) if v["metadata"].get(KIND) != OVERLAY]
+            if others:
+                raise RefusedError(f"machine {owner.name} has the second disk {others[0]['id']} already")
+            server = self.servers.get(machine.id)
+            if server is None or state_of(server) is not MachineState.RUNNING:
+                raise PermanentError(f"machine {owner.name} does not run", next_command="start it")
+            volume = self.volumes.ensure_overlay(owner, snapshot, attached=True)
+            self.servers.attach(machine.id, owner, str(volume["id"]))
+            server = self.servers.get(machine.id)
+            if server is None:
+                raise PermanentError(f"machine {owner.name} does not exist in {self.api.name}")
+            return self._machine(server, owner)
+
+    # Orphans
+
+    def orphans(
+        self,
+        deployment: str,
+        known: Collection[Ownership],
+        *,
+        evidence: Collection[Ownership] = (),
+        networks: Collection[str] = (),
+    ) -> Sequence[Orphan]:
+        expected, kept = {o.identity for o in known}, {o.identity for o in evidence}
+        here = self.machines(deployment)
+        present = {m.owner.identity for m in here}
+        found = [
+            Orphan(OrphanKind.MACHINE, m.id, m.owner.name, m.owner) for m in here if m.owner.identity not in expected
+        ]
+        snapshots = self.volumes.all_snapshots(deployment)
+        found += [
+            Orphan(OrphanKind.SNAPSHOT, identity, owner.name, owner)
+            for identity, owner in reversed(snapshots)
+            if owner.identity not in kept
+        ]
+        standing = {owner.identity for _, owner in snapshots}  # their volumes go with them
+        parts = {o.identity: o for o in (owner_of(v["metadata"]) for v in self.volumes.of_deployment(deployment)) if o}
+        parts = {identity: o for identity, o in parts.items() if identity not in standing}
+        parts |= {
+            o.identity: o for o in (owner_of_label(p.get("description")) for p in self.network.ports())
+            if o is not None and o.deployment == deployment
+        }  # fmt: skip
+        found += [
+            Orphan(OrphanKind.DISK, o.key, o.name, o) for i, o in sorted(parts.items()) if i not in expected | present
+        ]
+        waiting = {Reservation.of(o) for o in known}
+        found += [
+            Orphan(OrphanKind.NETWORK, str(port["id"]), reserved.name, None)
+            for port, reserved in self.network.reserved(deployment)
+            if reserved not in waiting
+        ]
+        if not networks and (
+            self.network.groups(deployment) or self.servers.groups(deployment) or self.images.of_deployment(deployment)
+        ):
+            found.append(Orphan(OrphanKind.NETWORK, deployment, f"security groups and images of {deployment}", None))
+        return found
+
+    def sweep(self, deployment: str, orphans: Sequence[Orphan]) -> None:
+        for orphan in orphans:
+            if orphan.kind is OrphanKind.NETWORK:
+                self._sweep_network(deployment, orphan)
+                continue
+            if orphan.owner is None or orphan.owner.deployment != deployment:
+                raise RefusedError(f"{orphan.kind} {orphan.name} does not carry the tags of {deployment}: not touched")
+            if orphan.kind is OrphanKind.SNAPSHOT:
+                taken = DiskSnapshot(orphan.id, orphan.owner, orphan.owner.operation, Path(orphan.id), "cinder", "")
+                self.delete_snapshot(taken)
+            elif orphan.kind is OrphanKind.MACHINE or self.find(orphan.owner) is None:
+                with self._locked(orphan.owner):
+                    self._clear(orphan.owner)
+                self._leave(deployment, orphan.owner.group)
+
+    def _sweep_network(self, deployment: str, orphan: Orphan) -> None:
+        if orphan.id == deployment:
+            self.delete_network(deployment, orphan.name)
+            return
+        for port, _ in self.network.reserved(deployment):
+            if port["id"] == orphan.id:
+                self.network.remove_port(port)
+
+    def close(self) -> None:
+        self.api.close()
+
+
+def flavor_faults(flavor: Mapping[str, Any], memory_mib: int, cpus: int, root_bytes: int) -> list[str]:
+    """What is wrong with a flavor for such a machine, in words."""
+    wrong = []
+    if int(flavor.get("ram") or 0) < memory_mib:
+        wrong.append(f"{flavor.get('ram')} MiB of memory, the spec wants {memory_mib}")
+    if int(flavor.get("vcpus") or 0) < cpus:
+        wrong.append(f"{flavor.get('vcpus')} CPUs, the spec wants {cpus}")
+    disk = int(flavor.get("disk") or 0) * GIB
+    if disk and disk < root_bytes:
+        wrong.append(f"a disk of {disk >> 30} GiB, the image has {-(-root_bytes // GIB)}")
+    if int(flavor.get("OS-FLV-EXT-DATA:ephemeral") or 0) or int(flavor.get("swap") or 0):
+        wrong.append("an ephemeral or swap disk, which would take the place of the state disk /dev/vdb")
+    return wrong
+
+
+def own_address(towards: str) -> str:
+    """Our own address on the way to another host: what a client here comes from, unless addresses are translated."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))  # sends nothing: a datagram socket only looks up the route
+        except OSError as error:
+            raise PermanentError(
+                f"there is no route to {towards}: {error.strerror}", next_command=f"ip route get {towards}"
+            ) from error
+        return str(probe.getsockname()[0])

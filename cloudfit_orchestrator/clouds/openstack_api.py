@@ -1,0 +1,446 @@
+"""One OpenStack cloud's APIs: connections by clouds.yaml, and every request with its errors in our words.
+
+All requests of the driver pass `Api.request`; nothing else talks to a cloud. A request that may be repeated is
+repeated here, with growing pauses or as `Retry-After` says. One that makes something is never repeated here: whether
+it was carried out is unclear after a lost connection, a 5xx or a spoilt answer, and UnclearError tells the caller to
+look before it asks again. Secrets stay in openstacksdk: no error and no log line of ours holds a request's body.
+"""
+
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+import keystoneauth1.exceptions
+import openstack.config.loader
+import openstack.exceptions
+import requests
+import yaml
+from openstack.connection import Connection
+
+from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError, PermanentError, TemporaryError
+
+MAX_CONNECTIONS = 4  # a cloud and process: replicas of one group on one cloud are few, and APIs limit rates
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0  # nova-api waits up to 60 s for its own conductor
+REPEAT_FOR_S = 60.0  # how long one request is repeated: a service that restarts is back by then
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 4.0
+MAX_RETRY_AFTER_S = 30.0  # a cloud that wants more gets its error shown instead
+MAX_PAGES = 200  # of a listing: no project has that many, an API that repeats its marker for ever might
+MAX_SAID = 300  # characters of an API's own words in an error
+COMPUTE_VERSION = "2.64"  # server groups with one policy; Rocky (2018). Also gives tags at creation (2.52)
+SERVICES = {"compute": "compute", "image": "image", "network": "network", "volume": "block_storage"}
+_ALIASES = {"volume": ("volumev3", "block-storage", "volume")}
+_JSON = "application/json"
+_T = TypeVar("_T")
+
+
+class UnclearError(TemporaryError):
+    """Nobody knows whether the request was carried out: look before asking again."""
+
+
+class BusyError(TemporaryError):
+    """The object is in the middle of something (409): look, and ask again if still needed."""
+
+
+class RejectedError(PermanentError):
+    """The cloud understood and said no. `status`: HTTP; `kind`: the API's own name of the error, if it has one."""
+
+    def __init__(self, fact: str, *, status: int, kind: str = "", next_command: str = "") -> None:
+        """See the class."""
+        super().__init__(fact, next_command=next_command)
+        self.status = status
+        self.kind = kind
+
+
+def find_config(files: Sequence[Path] | None = None) -> Path:
+    """The clouds.yaml that counts: OS_CLIENT_CONFIG_FILE, or the first of openstacksdk's places. BadInputError."""
+    named = os.environ.get("OS_CLIENT_CONFIG_FILE")
+    places = files or ([Path(named)] if named else [Path(p) for p in openstack.config.loader.CONFIG_FILES])
+    for place in places:
+        if place.is_file():
+            return place
+    raise BadInputError(
+        f"there is no clouds.yaml: looked for {', '.join(str(p) for p in dict.fromkeys(places))}",
+        next_command="put one in ~/.config/openstack/clouds.yaml, or name it by OS_CLIENT_CONFIG_FILE",
+    )
+
+
+def check_config(cloud: str, file: Path) -> None:
+    """Raises BadInputError if `file` cannot be read or does not know `cloud`. Quotes nothing: it holds secrets."""
+    try:
+        document = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise BadInputError(f"cannot read {file}: {error.strerror}", next_command=f"ls -l {file}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise BadInputError(f"{file} is not YAML: line {line}", next_command=f"correct {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise BadInputError(f"{file} is not YAML", next_command=f"correct {file}") from None
+    clouds = document.get("clouds") if isinstance(document, dict) else None
+    if not isinstance(clouds, dict) or cloud not in clouds:
+        known = ", ".join(sorted(map(str, clouds))) if isinstance(clouds, dict) and clouds else "none"
+        raise BadInputError(
+            f"{file} has no cloud {cloud!r}; it has {known}", next_command=f"correct the spec, or add it to {file}"
+        )
+
+
+class Api:
+    """One cloud as one project sees it. Any thread may use it; at most MAX_CONNECTIONS work at a time."""
+
+    def __init__(
+        self,
+        cloud: str,
+        region: str = "",
+        *,
+        files: Sequence[Path] | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        repeat_for_s: float = REPEAT_FOR_S,
+    ) -> None:
+        """Reads nothing and connects to nothing yet."""
+        self.cloud, self.region = cloud, region
+        self._files = files
+        self._timeout = (CONNECT_TIMEOUT_S, read_timeout_s)
+        self._repeat_for_s = repeat_for_s
+        self._idle: queue.LifoQueue[Connection | None] = queue.LifoQueue()
+        for _ in range(MAX_CONNECTIONS):
+            self._idle.put(None)  # a place for a connection that is opened when it is needed
+        self._mine = threading.local()
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.cloud}/{self.region}" if self.region else self.cloud
+
+    def close(self) -> None:
+        """Close idle connections; no request can be made any more."""
+        self._closed = True
+        for _ in range(MAX_CONNECTIONS):
+            try:
+                connection = self._idle.get_nowait()
+            except queue.Empty:
+                return
+            if connection is not None:
+                connection.close()
+
+    # Connections
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """The connection of this thread: one of a few that are handed around, never to two threads at once."""
+        held: Connection | None = getattr(self._mine, "connection", None)
+        if held is not None:
+            yield held
+            return
+        if self._closed:
+            raise RuntimeError(f"the connection to {self.name} is closed")
+        taken = self._idle.get()
+        try:
+            taken = taken or self._open()
+            self._mine.connection = taken
+            yield taken
+        finally:
+            self._mine.connection = None
+            self._idle.put(taken)
+
+    def _open(self) -> Connection:
+        file = find_config(self._files)
+        check_config(self.cloud, file)
+        try:
+            config = openstack.config.OpenStackConfig(config_files=[str(file)], load_envvars=False, app_name="cloudfit")
+            changes: dict[str, Any] = {"region_name": self.region} if self.region else {}
+            region = config.get_one(cloud=self.cloud, api_timeout=self._timeout[1], **changes)
+            return Connection(config=region)
+        except openstack.exceptions.ConfigException as error:
+            raise BadInputError(
+                f"cloud {self.cloud} of {file}: {_said(str(error))}", next_command=f"correct {file}"
+            ) from None
+        except keystoneauth1.exceptions.ClientException as error:  # options of the auth plugin; may quote values
+            raise BadInputError(
+                f"cloud {self.cloud} of {file}: its auth section is not complete ({type(error).__name__})",
+                next_command=f"correct {file}",
+            ) from None
+
+    def project(self) -> str:
+        """Id of the project that we act in. Errors as of `request`."""
+        return str(self._asked("authenticate", lambda c: c.session.get_project_id()))
+
+    def access(self) -> Any:
+        """The token's document, keystoneauth's AccessInfo: roles, end, catalogue. Errors as of `request`."""
+
+        def ask(connection: Connection) -> Any:
+            auth: Any = connection.session.auth
+            return auth.get_access(connection.session)
+
+        return self._asked("authenticate", ask)
+
+    def endpoint(self, service: str) -> str | None:
+        """URL of a service (a key of SERVICES) in the catalogue; None if it has none."""
+        catalogue = self.access().service_catalog
+        with self.connection() as connection:
+            adapter = getattr(connection, SERVICES[service])
+            aliases, region = [adapter.service_type, *_ALIASES.get(service, ())], connection.config.get_region_name()
+        found = [
+            catalogue.get_endpoint_data_list(service_type=t, interface="public", region_name=region) for t in aliases
+        ]
+        return next((str(e[0].url) for e in found if e), None)
+
+    def _asked(self, tried: str, ask: Callable[[Connection], Any]) -> Any:
+        """What only openstacksdk itself asks for; repeated as a GET is."""
+        deadline, pause = time.monotonic() + self._repeat_for_s, FIRST_PAUSE_S
+        while True:
+            try:
+                with self.connection() as connection:
+                    return ask(connection)
+            except (keystoneauth1.exceptions.ClientException, openstack.exceptions.SDKException) as error:
+                trouble = self._translate(error, tried, None)
+                if not isinstance(trouble, TemporaryError) or time.monotonic() + pause > deadline:
+                    raise trouble from None
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    # Requests
+
+    def get(self, service: str, path: str, tried: str, **query: str) -> dict[str, Any] | None:
+        """The document at `path`, or None if there is none (404)."""
+        return self.request(service, "GET", path, tried, params=query)
+
+    def list(self, service: str, path: str, key: str, tried: str, **query: str) -> list[dict[str, Any]]:
+        """All objects of a listing under `key`, over all its pages."""
+        found: list[dict[str, Any]] = []
+        seen: set[str] = set()
+        for _ in range(MAX_PAGES):
+            document = self.request(service, "GET", path, tried, params=query)
+            if document is None:  # a whole collection that is not there: the service is not what it should be
+                raise PermanentError(f"{tried}: {self.name} knows no {service}:{path}", next_command="cloudfit doctor")
+            page = document.get(key)
+            if not isinstance(page, list):
+                raise TemporaryError(f"{tried}: the answer of {self.name} holds no {key}")
+            found += [o for o in page if isinstance(o, dict) and o.get("id") not in seen]
+            seen |= {str(o.get("id")) for o in page if isinstance(o, dict)}
+            following = _next(document, key)
+            if following is None or not page:
+                return found
+            query = {**query, **following}
+        raise TemporaryError(f"{tried}: the listing of {key} at {self.name} has no end after {MAX_PAGES} pages")
+
+    def make(self, service: str, path: str, body: Mapping[str, Any], tried: str) -> dict[str, Any]:
+        """POST once. UnclearError if nobody knows what became of it; BusyError, RejectedError. Never repeated here."""
+        return self.request(service, "POST", path, tried, body=body) or {}
+
+    def put(self, service: str, path: str, body: Mapping[str, Any], tried: str) -> dict[str, Any] | None:
+        """Set it so; None if it is gone."""
+        return self.request(service, "PUT", path, tried, body=body)
+
+    def delete(self, service: str, path: str, tried: str) -> bool:
+        """Ask for the end of it; False if it is gone already."""
+        return self.request(service, "DELETE", path, tried) is not None
+
+    def upload(self, path: str, open_file: Callable[[], BinaryIO], tried: str) -> None:
+        """PUT a file's bytes into an image, once: after an UnclearError its state says what came of it."""
+        with open_file() as file:
+            self.request("image", "PUT", path, tried, data=file)
+
+    def request(
+        self,
+        service: str,
+        method: str,
+        path: str,
+        tried: str,
+        *,
+        body: Mapping[str, Any] | None = None,
+        data: BinaryIO | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> dict[str, Any] | None:
+        """One request, repeated if it may be; the document, {} if it is empty, None for 404 of what may be gone.
+
+        `tried` names the action and its object, for errors.
+        """
+        once = method == "POST" or data is not None
+        deadline, pause = time.monotonic() + self._repeat_for_s, FIRST_PAUSE_S
+        while True:
+            try:
+                return self._once(service, method, path, tried, body=body, data=data, params=params)
+            except (BusyError, UnclearError) as error:
+                if once or isinstance(error, BusyError) or time.monotonic() + pause > deadline:
+                    raise
+                wait = pause
+            except TemporaryError as error:  # certainly not carried out
+                wait = max(pause, error.retry_after_s)
+                if data is not None or time.monotonic() + wait > deadline:
+                    raise
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _once(
+        self,
+        service: str,
+        method: str,
+        path: str,
+        tried: str,
+        *,
+        body: Mapping[str, Any] | None,
+        data: BinaryIO | None,
+        params: Mapping[str, str] | None,
+    ) -> dict[str, Any] | None:
+        keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON}}
+        if service == "compute":
+            keywords["microversion"] = COMPUTE_VERSION
+        if body is not None:
+            keywords["json"] = body
+        if data is not None:
+            keywords["data"] = data
+            keywords["headers"] = {"Content-Type": "application/octet-stream"}
+        if params:
+            keywords["params"] = dict(params)
+        try:
+            with self.connection() as connection:
+                adapter = getattr(connection, SERVICES[service])
+                response = adapter.request(path, method, connect_retries=0, **keywords)
+                return self._judge(response, method, path, tried)
+        except (keystoneauth1.exceptions.ClientException, openstack.exceptions.SDKException) as error:
+            raise self._translate(error, tried, service) from None
+        except requests.RequestException as error:  # while the body was read
+            raise UnclearError(f"{tried}: {self.name}: the answer broke off ({type(error).__name__})") from None
+
+    def _judge(self, response: requests.Response, method: str, path: str, tried: str) -> dict[str, Any] | None:
+        status = response.status_code
+        if 200 <= status < 300:
+            return self._document(response, tried)
+        if status == 404 and method != "POST":
+            return None
+        kind, said = _error(response)
+        fact = f"{tried}: {self.name} answers {status}: {said}"
+        if status in (429, 503) or (status == 413 and "retry-after" in response.headers and method == "GET"):
+            trouble: type[TemporaryError] = TemporaryError if status == 429 else UnclearError
+            raise trouble(fact, retry_after_s=_retry_after(response))
+        if status >= 500 or status == 408:
+            raise UnclearError(fact)
+        if status == 409 and kind not in _FINAL_CONFLICTS:
+            raise BusyError(fact)
+        raise RejectedError(fact, status=status, kind=kind, next_command=_advice(status, kind, path))
+
+    def _document(self, response: requests.Response, tried: str) -> dict[str, Any]:
+        if not response.content:
+            return {}
+        try:
+            document = response.json()
+        except ValueError:
+            if _JSON in response.headers.get("Content-Type", _JSON) or response.content.lstrip()[:1] == b"<":
+                raise UnclearError(f"{tried}: {self.name} answers {response.status_code} with no JSON") from None
+            return {}  # a plain text that says it was accepted
+        if not isinstance(document, dict):
+            raise UnclearError(f"{tried}: {self.name} answers {response.status_code} with another document")
+        return document
+
+    def _translate(self, error: Exception, tried: str, service: str | None) -> CloudfitError:
+        """Openstacksdk's and keystoneauth's errors in our words."""
+        what, where = keystoneauth1.exceptions, f"{tried}: cloud {self.name}"
+        doctor = "cloudfit doctor"
+        if isinstance(error, what.Unauthorized):
+            return PermanentError(
+                f"{where}: Keystone refuses the credentials of clouds.yaml",
+                next_command=f"openstack --os-cloud {self.cloud} token issue; a new application credential if it fails",
+            )
+        if isinstance(error, what.SSLError):
+            return PermanentError(
+                f"{where}: TLS: {_said(str(error))}", next_command="check cacert in clouds.yaml, and the certificate"
+            )
+        if isinstance(error, what.EndpointNotFound | what.EmptyCatalog | openstack.exceptions.EndpointNotFound):
+            return PermanentError(
+                f"{where}: the catalogue has no endpoint for {service or 'it'} in the region",
+                next_command=f"openstack --os-cloud {self.cloud} catalog list",
+            )
+        if isinstance(error, openstack.exceptions.ServiceDisabledException | openstack.exceptions.NotSupported):
+            return PermanentError(f"{where}: {_said(str(error))}", next_command=doctor)
+        if isinstance(error, what.MissingRequiredOptions | what.NoMatchingPlugin | what.OptionError):
+            return BadInputError(f"{where}: its auth section is not complete", next_command="correct clouds.yaml")
+        if isinstance(error, what.HTTPClientError) and not isinstance(
+            error, what.TooManyRequests | what.RequestTimeout
+        ):
+            return PermanentError(f"{where}: Keystone: {_said(str(error))}", next_command=doctor)
+        if isinstance(error, what.TooManyRequests):  # of a token: nothing was carried out
+            return TemporaryError(f"{where}: Keystone: {_said(str(error))}")
+        # No connection, a service in trouble, a discovery document that is none.
+        return UnclearError(f"{where}: {_said(str(error))}", next_command=doctor)
+
+    # Waiting
+
+    def until(self, tried: str, step: Callable[[], _T | None], timeout_s: float) -> _T:
+        """Call `step` (look; act if need be) until it returns something, or raises what is not temporary.
+
+        TemporaryError after `timeout_s`, with what was seen last. Polled, because these APIs announce nothing.
+        """
+        deadline, pause, last = time.monotonic() + timeout_s, FIRST_PAUSE_S / 2, ""
+        while True:
+            try:
+                found = step()
+                if found is not None:
+                    return found
+                last = ""
+            except TemporaryError as error:
+                last = f"; last: {error.fact}"
+            if time.monotonic() + pause > deadline:
+                raise TemporaryError(
+                    f"{tried}: {self.name}: not done after {timeout_s:.0f} s{last}",
+                    next_command="run the same command again: it goes on where it stopped",
+                    retry_after_s=LONGEST_PAUSE_S,
+                )
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE_S)
+
+
+# 409 that waiting does not mend: Neutron's names of them.
+_FINAL_CONFLICTS = frozenset({"OverQuota", "IpAddressInUse", "IpAddressInUseClient", "MacAddressInUse"})
+
+
+def _advice(status: int, kind: str, path: str) -> str:
+    if status == 413 or kind == "OverQuota":
+        return "openstack quota show; ask the operator of the cloud for more, or destroy a group"
+    if status == 403:
+        return "openstack role assignment list --names, openstack quota show: a role or a quota is missing"
+    if status == 401:
+        return "openstack token issue"
+    if kind.startswith("IpAddressInUse"):
+        return "openstack port list"
+    return f"see what the cloud says; the call was {path.partition('?')[0]}"
+
+
+def _retry_after(response: requests.Response) -> float:
+    try:
+        return min(max(float(response.headers.get("Retry-After", "1")), 0.1), MAX_RETRY_AFTER_S)
+    except ValueError:  # a date
+        return LONGEST_PAUSE_S
+
+
+def _error(response: requests.Response) -> tuple[str, str]:
+    """(the API's name of the error, its words)."""
+    try:
+        document: Any = response.json()
+    except ValueError:
+        return "", _said(re.sub(r"<[^>]*>", " ", response.text))
+    if isinstance(document, dict):
+        inner = next((v for v in document.values() if isinstance(v, dict) and "message" in v), document)
+        return str(inner.get("type", "")), _said(str(inner.get("message", "")))
+    return "", _said(json.dumps(document))
+
+
+def _said(text: str) -> str:
+    return " ".join(text.split())[:MAX_SAID] or "nothing"
+
+
+def _next(document: Mapping[str, Any], key: str) -> dict[str, str] | None:
+    """The query of the next page: Nova, Cinder and Neutron give links, Glance a path."""
+    links = document.get(f"{key}_links") or []
+    url = next((x.get("href") for x in links if isinstance(x, dict) and x.get("rel") == "next"), document.get("next"))
+    if not isinstance(url, str):
+        return None
+    return dict(parse_qsl(urlsplit(url).query))

@@ -1,0 +1,267 @@
+"""Our images in Glance: uploaded once a cloud, deployment and content, compared with the manifest, collected by tags.
+
+A machine's image is three of Glance's: kernel and initramfs, and the root (erofs and hash tree in one raw disk) that
+names both and carries the kernel's command line. A fourth kind is an empty ext4 from which Cinder makes state disks,
+because a guest of ours has no tool to make a file system.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cloudfit_orchestrator.clouds.base import MachineSpec
+from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError
+from cloudfit_orchestrator.clouds.openstack_tags import KIND, PREFIX, deployment_tag, fresh_id
+from cloudfit_orchestrator.clouds.state_disk import packed_state_disk
+from cloudfit_orchestrator.model.errors import BadError, PermanentError, RefusedError, TemporaryError
+from cloudfit_orchestrator.model.image import Manifest
+
+UPLOAD_TIMEOUT_S = 900.0  # of one image of some 30 MB: a slow uplink of 1 Mbit/s takes four minutes
+STALE_UPLOAD_S = 300.0  # an upload that others began and that shows no end: theirs died
+MAX_UPLOADS = 3  # of one image whose bytes arrive spoilt
+MAX_COMMAND_LINE = 255  # Nova keeps image properties as system metadata of that length, cut without a word
+STATE = "state"
+DIGEST, OF_IMAGE = PREFIX + "digest", PREFIX + "image"
+# What Nova must give each machine. Without the guest agent's port there is no virtio-serial controller, and the
+# wormhole's channel could not be attached to the running machine; a time-out of 0 makes `stop` cut the power.
+HARDWARE = {
+    "hw_qemu_guest_agent": "yes",
+    "hw_disk_bus": "virtio",
+    "hw_vif_model": "virtio",
+    "hw_rng_model": "virtio",
+    "os_shutdown_timeout": "0",
+}
+_FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", STATE: "qcow2"}
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    name: str
+    kind: str  # key of _FORMATS
+    digest: str  # of the content, hex; of a state disk its size
+    of_image: str  # the manifest's name
+    path: Path | None  # None: made when it is needed
+    parts: tuple[tuple[int, int, str], ...] = ()  # (offset, size, SHA-256) that the manifest says
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_command_line(manifest: Manifest) -> None:
+    """Raises PermanentError if Nova would cut the command line."""
+    if len(manifest.command_line) > MAX_COMMAND_LINE:
+        raise PermanentError(
+            f"image {manifest.name}: a command line of {len(manifest.command_line)} characters, Nova keeps "
+            f"{MAX_COMMAND_LINE}",
+            next_command="shorten command_line in the image's recipe",
+        )
+
+
+class Images:
+    """The images of one deployment in one project."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._lock = threading.Lock()  # uploads of one process one after the other: each finds what the one before made
+        self._good: set[tuple[str, str]] = set()  # (id, digest) whose bytes were compared in this process
+
+    def of_deployment(self, deployment: str) -> list[dict[str, Any]]:
+        """All of ours, whatever their state."""
+        found = self._api.list(
+            "image", "/images", "images", f"list the images of {deployment}",
+            tag=deployment_tag(deployment), owner=self._api.project(), limit="100",
+        )  # fmt: skip
+        return [i for i in found if i.get(PREFIX + "deployment") == deployment and i.get(KIND) in _FORMATS]
+
+    def ensure_boot(self, spec: MachineSpec) -> str:
+        """Id of the root image of `spec`, with its kernel and initramfs. BadError if bytes differ from the manifest."""
+        manifest, deployment = spec.manifest, spec.owner.deployment
+        check_command_line(manifest)
+        ids = {}
+        with self._lock:
+            for kind in ("kernel", "initramfs"):
+                ids[kind] = self._ensure(deployment, _wanted(spec, kind))
+            boot = {"kernel_id": ids["kernel"], "ramdisk_id": ids["initramfs"]}
+            boot["os_command_line"] = manifest.command_line
+            return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
+
+    def ensure_state(self, deployment: str, size_gib: int) -> str:
+        """Id of the image of an empty state disk."""
+        name = f"{deployment}-{STATE}-{size_gib}g"
+        wanted = _Wanted(name, STATE, f"ext4-{size_gib}", STATE, None)
+        with self._lock:
+            found = self._find(deployment, wanted)
+            if found is not None and found.get("status") == "active":
+                return str(found["id"])
+            with packed_state_disk(size_gib << 10) as path:
+                return self._ensure(deployment, wanted, path)
+
+    def collect(self, deployment: str, used: Collection[str]) -> list[str]:
+        """Delete images of ours that no machine uses (`used`: ids) and that were replaced by a newer one. Their ids."""
+        mine = sorted(self.of_deployment(deployment), key=lambda i: str(i.get("created_at")))
+        newest = {str(i[OF_IMAGE]): i for i in mine if i[KIND] == "root"}
+        keep = {*used, *(str(i["id"]) for i in newest.values())}
+        keep |= {str(i.get(k)) for i in mine if i["id"] in keep for k in ("kernel_id", "ramdisk_id")}
+        old = [str(i["id"]) for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
+        for identity in old:
+            self._api.delete("image", f"/images/{identity}", f"delete the old image {identity}")
+        return old
+
+    def remove_all(self, deployment: str) -> None:
+        """Delete all images of the deployment."""
+        for image in self.of_deployment(deployment):
+            self._remove(image)
+
+    def _remove(self, image: Mapping[str, Any]) -> None:
+        tried = f"delete the image {image['name']} ({image['id']})"
+
+        def gone() -> bool | None:  # 409 while Cinder or Nova reads it
+            return True if not self._api.delete("image", f"/images/{image['id']}", tried) else None
+
+        self._api.until(tried, gone, STALE_UPLOAD_S)
+
+    def _ensure(self, deployment: str, wanted: _Wanted, path: Path | None = None) -> str:
+        path = path or wanted.path
+        assert path is not None
+        tried = f"upload the image {wanted.name}"
+        fresh, uploads = fresh_id(), 0
+
+        def step() -> str | None:
+            nonlocal fresh, uploads
+            found = self._find(deployment, wanted) or self._api.get("image", f"/images/{fresh}", tried)
+            if found is None:
+                self._create(deployment, wanted, fresh)
+                found = self._api.get("image", f"/images/{fresh}", tried)
+            if found is None:
+                return None
+            identity, status = str(found["id"]), found.get("status")
+            if status == "active":
+                if self._same(found, wanted, path):
+                    return identity
+                uploads += 1
+                self._remove(found)
+                fresh = fresh_id()  # Glance gives no id twice, not even one of what is deleted
+                if uploads >= MAX_UPLOADS:
+                    raise BadError(
+                        f"image {wanted.name} in {self._api.name} has other bytes than the manifest says, after "
+                        f"{uploads} uploads",
+                        next_command="cloudfit image verify, then the same command again",
+                    )
+            elif status == "queued":
+                self._check(wanted, path)
+                self._api.upload(f"/images/{identity}/file", lambda: path.open("rb"), tried)
+            elif status != "saving" or self._stale(found, tried):
+                self._remove(found)  # killed, or an upload that died
+                fresh = fresh_id()
+            return None
+
+        return self._api.until(tried, step, UPLOAD_TIMEOUT_S)
+
+    def _stale(self, found: Mapping[str, Any], tried: str) -> bool:
+        """Wait for somebody else's upload; True if it shows no end."""
+
+        def ended() -> bool | None:
+            now = self._api.get("image", f"/images/{found['id']}", tried)
+            return True if now is None or now.get("status") != "saving" else None
+
+        try:
+            self._api.until(tried, ended, STALE_UPLOAD_S)
+        except TemporaryError:
+            return True
+        return False
+
+    def _create(self, deployment: str, wanted: _Wanted, identity: str) -> None:
+        form = _FORMATS[wanted.kind]
+        body = {
+            "id": identity,
+            "name": wanted.name,
+            "disk_format": form,
+            "container_format": form if form in ("aki", "ari") else "bare",
+            "visibility": "private",
+            "tags": [deployment_tag(deployment)],
+            PREFIX + "deployment": deployment,
+            KIND: wanted.kind,
+            DIGEST: wanted.digest,
+            OF_IMAGE: wanted.of_image,
+            **wanted.properties,
+        }
+        with contextlib.suppress(BusyError):  # the id exists: an earlier request was carried out after all
+            self._api.make("image", "/images", body, f"create the image {wanted.name}")
+
+    def _find(self, deployment: str, wanted: _Wanted) -> dict[str, Any] | None:
+        """Ours with that content: the oldest active one, or the oldest. RefusedError if a stranger wears its name."""
+        found = self._api.list(
+            "image", "/images", "images", f"look up the image {wanted.name}", name=wanted.name,
+            owner=self._api.project(), limit="100",
+        )  # fmt: skip
+        for image in found:
+            if image.get(PREFIX + "deployment") != deployment or image.get(KIND) != wanted.kind:
+                raise RefusedError(
+                    f"image {wanted.name} ({image['id']}) in {self._api.name} wears the name of one of ours, but not "
+                    "its tags: not touched",
+                    next_command=f"openstack --os-cloud {self._api.cloud} image show {image['id']}; rename it",
+                )
+        ours = [i for i in found if i.get(DIGEST) == wanted.digest and self._fits(i, wanted)]
+        ours.sort(key=lambda i: (i.get("status") != "active", str(i.get("created_at")), str(i["id"])))
+        return ours[0] if ours else None
+
+    @staticmethod
+    def _fits(image: Mapping[str, Any], wanted: _Wanted) -> bool:
+        return all(image.get(name) == value for name, value in wanted.properties.items())
+
+    def _same(self, found: Mapping[str, Any], wanted: _Wanted, path: Path) -> bool:
+        """Whether Glance holds what the manifest says: by Glance's own hash of what it received."""
+        key = (str(found["id"]), wanted.digest)
+        if key in self._good:
+            return True
+        if wanted.kind == STATE:
+            same = bool(found.get("os_hash_value"))  # a file system made elsewhere differs in times; it holds nothing
+        else:
+            algorithm = str(found.get("os_hash_algo") or "")
+            if algorithm not in hashlib.algorithms_available:
+                raise PermanentError(
+                    f"image {wanted.name}: Glance of {self._api.name} hashes by {algorithm or 'nothing'}: it cannot be "
+                    "compared with the manifest",
+                    next_command="set hashing_algorithm = sha512 in glance-api.conf, then repeat",
+                )
+            same = found.get("os_hash_value") == self._check(wanted, path, algorithm)
+        if same:
+            self._good.add(key)
+        return same
+
+    @staticmethod
+    def _check(wanted: _Wanted, path: Path, algorithm: str = "sha512") -> str:
+        """The whole file's hash; BadError if a part of it is not what the manifest says, in the same pass."""
+        whole = hashlib.new(algorithm)
+        parts = [(offset, offset + size, hashlib.sha256(), said) for offset, size, said in wanted.parts]
+        position = 0
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    whole.update(chunk)
+                    for begin, end, digest, _ in parts:
+                        digest.update(chunk[max(0, begin - position) : max(0, end - position)])
+                    position += len(chunk)
+        except OSError as error:
+            raise PermanentError(
+                f"image file {path}: {error.strerror}", next_command="cloudfit image list; cloudfit image build"
+            ) from error
+        wrong = [said for _, _, digest, said in parts if digest.hexdigest() != said]
+        if wrong or (parts and max(end for _, end, _, _ in parts) != position):
+            raise BadError(
+                f"image file {path} is not what its manifest says", next_command="cloudfit image verify, or build it"
+            )
+        return whole.hexdigest()
+
+
+def _wanted(spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None) -> _Wanted:
+    """`kind`: kernel | initramfs | root, the last with all parts that lie in its file."""
+    manifest, path = spec.manifest, spec.image_dir / spec.manifest.part(kind).file
+    parts = tuple((p.offset, p.size, p.sha256) for p in manifest.parts if p.file == manifest.part(kind).file)
+    content = repr((kind, sorted(parts), sorted((properties or {}).items())))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    name = f"{spec.owner.deployment}-{manifest.name}-{kind}-{digest[:16]}"
+    return _Wanted(name, kind, digest, manifest.name, path, parts, properties or {})

@@ -1,0 +1,249 @@
+"""Addresses, ports and security groups in networks that the operator made; no network of ours is made or deleted.
+
+An address is reserved before its machine is planned: Neutron chooses it, because only a network's owner may. The
+reservation is a port that says for which operation, replica and role it is; creating the machine writes the machine's
+own tags over that. A security group a replica group lets in its members and clients only.
+"""
+
+import ipaddress
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from cloudfit_orchestrator.clouds.base import Ownership
+from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError, RejectedError, UnclearError
+from cloudfit_orchestrator.clouds.openstack_tags import (
+    Reservation,
+    group_label,
+    group_of_label,
+    label,
+    owner_of_label,
+)
+from cloudfit_orchestrator.clouds.openstack_volumes import make_once
+from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
+
+NETWORK_TIMEOUT_S = 120.0
+_PAGE = "500"
+
+
+class Network:
+    """The operator's network `name` (or id), and what is ours in it."""
+
+    def __init__(self, api: Api, name: str) -> None:
+        self._api = api
+        self.name = name
+        self._found: dict[str, Any] | None = None
+
+    def require(self) -> dict[str, Any]:
+        """The network. PermanentError if there is none, or more than one."""
+        if self._found is None:
+            tried = f"look up the network {self.name}"
+            found = self._api.list("network", "/networks", "networks", tried, name=self.name)
+            found = found or self._api.list("network", "/networks", "networks", tried, id=self.name)
+            if len(found) != 1:
+                raise PermanentError(
+                    f"{self._api.name} has {len(found)} networks {self.name!r}" + " that we see" * (not found),
+                    next_command=f"openstack --os-cloud {self._api.cloud} network list",
+                )
+            self._found = found[0]
+        return self._found
+
+    def subnet(self) -> dict[str, Any]:
+        """Its IPv4 subnet with a gateway. PermanentError unless there is exactly one."""
+        network = self.require()
+        tried = f"look up the subnet of the network {self.name}"
+        found = self._api.list("network", "/subnets", "subnets", tried, network_id=str(network["id"]), ip_version="4")
+        good = [s for s in found if s.get("gateway_ip")]
+        if len(good) != 1:
+            raise PermanentError(
+                f"network {self.name} of {self._api.name} has {len(good)} IPv4 subnets with a gateway, one is needed",
+                next_command=f"openstack --os-cloud {self._api.cloud} subnet list --network {self.name}",
+            )
+        return good[0]
+
+    # Ports
+
+    def ports(self) -> list[dict[str, Any]]:
+        """All ports of the project on the network."""
+        return self._api.list(
+            "network", "/ports", "ports", f"list the ports on {self.name}",
+            network_id=str(self.require()["id"]), project_id=self._api.project(), limit=_PAGE,
+        )  # fmt: skip
+
+    def reserve(self, wanted: Reservation) -> str:
+        """The address for that machine-to-be: the one it got before, or a fresh one."""
+        tried = f"reserve an address for {wanted.name}"
+        network, subnet = self.require(), self.subnet()
+        group = self.ensure_group(wanted.deployment, wanted.group)
+        body = {
+            "port": {
+                "network_id": network["id"],
+                "name": wanted.name,
+                "description": wanted.label(),
+                "fixed_ips": [{"subnet_id": subnet["id"]}],
+                "security_groups": [group],
+                "admin_state_up": True,
+            }
+        }
+
+        def there() -> list[dict[str, Any]]:
+            found = [p for p in self.ports() if Reservation.from_label(p.get("description")) == wanted]
+            return sorted(found, key=lambda p: (str(p.get("created_at")), str(p["id"])))
+
+        def step() -> str | None:
+            found = there()
+            if not found:
+                make_once(self._api, lambda: self._api.make("network", "/ports", body, tried), there, tried)
+                return None
+            used = [p for p in found if p.get("device_id")]
+            first = (used or found)[0]
+            for extra in found:
+                if extra is not first and not extra.get("device_id"):
+                    self._api.delete("network", f"/ports/{extra['id']}", tried)
+            return _address(first)
+
+        return self._api.until(tried, step, NETWORK_TIMEOUT_S)
+
+    def take(self, owner: Ownership, address: str) -> dict[str, Any]:
+        """The machine's port with that address: the one that was reserved becomes its own, or one is made."""
+        tried = f"give {owner.name} the address {address}"
+        group = self.ensure_group(owner.deployment, owner.group)
+        named = {"name": owner.name, "description": label(owner)}
+
+        def step() -> dict[str, Any] | None:
+            port = next((p for p in self.ports() if _address(p) == address), None)
+            if port is None:
+                fixed = {"subnet_id": self.subnet()["id"], "ip_address": address}
+                place = {"network_id": self.require()["id"], "fixed_ips": [fixed], "security_groups": [group]}
+                try:
+                    self._api.make("network", "/ports", {"port": {**named, **place}}, tried)
+                except RejectedError as error:
+                    raise PermanentError(
+                        f"{tried}: its port is gone, and another one cannot be made: {error.fact}",
+                        next_command=f"cloudfit group destroy {owner.group}, then apply again",
+                    ) from error
+                return None
+            found = owner_of_label(port.get("description"))
+            if found is not None and found.identity == owner.identity:
+                return port
+            reserved = Reservation.from_label(port.get("description"))
+            if found is not None or reserved != Reservation.of(owner) or port.get("device_id"):
+                raise RefusedError(
+                    f"{tried}: the port {port['id']} with that address does not carry its tags: not touched",
+                    next_command=f"openstack --os-cloud {self._api.cloud} port show {port['id']}",
+                )
+            self._api.put("network", f"/ports/{port['id']}", {"port": named}, tried)
+            return None
+
+        return self._api.until(tried, step, NETWORK_TIMEOUT_S)
+
+    def remove_ports(self, owner: Ownership) -> None:
+        """Delete the ports of that machine."""
+        for port in self.ports():
+            found = owner_of_label(port.get("description"))
+            if found is not None and found.identity == owner.identity:
+                self.remove_port(port)
+
+    def remove_port(self, port: Mapping[str, Any]) -> None:
+        """Delete a port of ours."""
+        tried = f"delete the port {port.get('name')} ({port['id']})"
+
+        def gone() -> bool | None:
+            return True if not self._api.delete("network", f"/ports/{port['id']}", tried) else None
+
+        self._api.until(tried, gone, NETWORK_TIMEOUT_S)
+
+    def reserved(self, deployment: str) -> list[tuple[dict[str, Any], Reservation]]:
+        """Ports of the deployment that no machine has taken."""
+        found = [(p, Reservation.from_label(p.get("description"))) for p in self.ports()]
+        return [
+            (p, r) for p, r in found
+            if r is not None and r.deployment == deployment and owner_of_label(p["description"]) is None
+        ]  # fmt: skip
+
+    # Security groups
+
+    def groups(self, deployment: str) -> list[dict[str, Any]]:
+        """Our security groups, oldest first."""
+        found = self._api.list(
+            "network", "/security-groups", "security_groups", f"list the security groups of {deployment}",
+            project_id=self._api.project(), limit=_PAGE,
+        )  # fmt: skip
+        ours = [g for g in found if (group_of_label(g.get("description")) or ("",))[0] == deployment]
+        return sorted(ours, key=lambda g: (str(g.get("created_at")), str(g["id"])))
+
+    def ensure_group(self, deployment: str, group: str) -> str:
+        """Id of the security group of that replica group."""
+        text = group_label(deployment, group)
+        tried = f"make the security group of {group}"
+        body = {"security_group": {"name": f"{deployment}-{group}", "description": text}}
+
+        def there() -> list[dict[str, Any]]:
+            return [g for g in self.groups(deployment) if g["description"] == text]
+
+        def step() -> str | None:
+            found = there()
+            if not found:
+                make_once(self._api, lambda: self._api.make("network", "/security-groups", body, tried), there, tried)
+                return None
+            for extra in found[1:]:
+                try:
+                    self._api.delete("network", f"/security-groups/{extra['id']}", tried)
+                except BusyError:
+                    continue  # a machine of ours has it
+            return str(found[0]["id"])
+
+        return self._api.until(tried, step, NETWORK_TIMEOUT_S)
+
+    def admit(self, deployment: str, group: str, networks: Collection[str], port: int) -> None:
+        """Let exactly these (CIDRs) in, by TCP on `port`."""
+        identity = self.ensure_group(deployment, group)
+        tried = f"let {len(networks)} addresses into the group {group}"
+        wanted = {str(ipaddress.IPv4Network(n)) for n in networks}
+
+        def step() -> bool | None:
+            rules = self._api.list(
+                "network", "/security-group-rules", "security_group_rules", tried,
+                security_group_id=identity, direction="ingress", limit=_PAGE,
+            )  # fmt: skip
+            here: dict[str, str] = {}
+            for rule in rules:
+                fits = (rule.get("protocol"), rule.get("port_range_min"), rule.get("port_range_max"))
+                source = str(rule.get("remote_ip_prefix"))
+                if fits == ("tcp", port, port) and source in wanted and source not in here:
+                    here[source] = str(rule["id"])
+                else:
+                    self._api.delete("network", f"/security-group-rules/{rule['id']}", tried)
+            for source in sorted(wanted - here.keys()):
+                self._allow(identity, source, port, tried)
+            return True if here.keys() == wanted else None
+
+        self._api.until(tried, step, NETWORK_TIMEOUT_S)
+
+    def _allow(self, group: str, source: str, port: int, tried: str) -> None:
+        rule = {
+            "security_group_id": group,
+            "direction": "ingress",
+            "ethertype": "IPv4",
+            "protocol": "tcp",
+            "port_range_min": port,
+            "port_range_max": port,
+            "remote_ip_prefix": source,
+        }
+        try:
+            self._api.make("network", "/security-group-rules", {"security_group_rule": rule}, tried)
+        except (BusyError, UnclearError):
+            return  # it exists, or nobody knows: the next look tells
+
+    def remove_group(self, group: Mapping[str, Any]) -> None:
+        """Delete a security group of ours."""
+        tried = f"delete the security group {group.get('name')} ({group['id']})"
+
+        def gone() -> bool | None:  # 409 while a port has it
+            return True if not self._api.delete("network", f"/security-groups/{group['id']}", tried) else None
+
+        self._api.until(tried, gone, NETWORK_TIMEOUT_S)
+
+
+def _address(port: Mapping[str, Any]) -> str:
+    fixed = port.get("fixed_ips") or [{}]
+    return str(fixed[0].get("ip_address", ""))

@@ -1,0 +1,110 @@
+"""How ownership stands on OpenStack's objects, from the instant of their creation.
+
+Servers, volumes, snapshots and images carry it as metadata (`cloudfit_deployment`, …). Neutron's and Nova's other
+objects have no metadata: there the whole tag set is one label, `cloudfit:1 deployment/group/replica/incarnation/role/
+operation`, in a port's or security group's description and in a server group's name. A tag that is set by a second
+request could be missing after a death between the two, so Neutron's own tags are not used.
+"""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cloudfit_orchestrator.clouds.base import Ownership
+from cloudfit_orchestrator.model.errors import BadInputError
+from cloudfit_orchestrator.model.image import Role
+
+PREFIX = "cloudfit_"
+LABEL = "cloudfit:1 "
+KIND, FINGERPRINT = "cloudfit_kind", "cloudfit_fingerprint"
+_FIELDS = ("deployment", "group", "replica", "incarnation", "role", "operation")
+RESERVED = 0  # in the place of the incarnation: an address that a machine is going to have
+
+
+def metadata(owner: Ownership, **more: str) -> dict[str, str]:
+    """The tag set as metadata; `more` without the prefix."""
+    return {PREFIX + name: value for name, value in (owner.tags() | more).items()}
+
+
+def owner_of(found: Mapping[str, Any] | None) -> Ownership | None:
+    """Whose it is, by its metadata; None unless the tag set is complete and valid."""
+    tags = {k.removeprefix(PREFIX): str(v) for k, v in (found or {}).items() if k.startswith(PREFIX)}
+    try:
+        return Ownership.from_tags(tags)
+    except BadInputError:
+        return None
+
+
+def deployment_tag(deployment: str) -> str:
+    """The server tag by which a deployment's servers are listed."""
+    return f"cloudfit-{deployment}"
+
+
+def label(owner: Ownership) -> str:
+    """The tag set as one line."""
+    return LABEL + "/".join(owner.tags()[name] for name in _FIELDS)
+
+
+def group_label(deployment: str, group: str) -> str:
+    """The tag set of what belongs to a whole group."""
+    return f"{LABEL}{deployment}/{group}"
+
+
+def owner_of_label(text: object) -> Ownership | None:
+    """The inverse of `label`; None for anything else."""
+    parts = text.removeprefix(LABEL).split("/") if isinstance(text, str) and text.startswith(LABEL) else []
+    if len(parts) != len(_FIELDS):
+        return None
+    try:
+        return Ownership.from_tags(dict(zip(_FIELDS, parts, strict=True)))
+    except BadInputError:
+        return None
+
+
+def group_of_label(text: object) -> tuple[str, str] | None:
+    """(deployment, group), the inverse of `group_label`; None for anything else."""
+    parts = text.removeprefix(LABEL).split("/") if isinstance(text, str) and text.startswith(LABEL) else []
+    return (parts[0], parts[1]) if len(parts) == 2 and all(parts) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What an address is kept for: the machine that this operation wants for `replica` in `role`."""
+
+    deployment: str
+    group: str
+    replica: str
+    role: Role
+    operation: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.deployment}-{self.group}-{self.replica}-{self.role.value}"
+
+    def label(self) -> str:
+        """On the port, until its machine is created."""
+        return f"{LABEL}{self.deployment}/{self.group}/{self.replica}/{RESERVED}/{self.role.value}/{self.operation}"
+
+    @classmethod
+    def of(cls, owner: Ownership) -> "Reservation":
+        """The one that the machine `owner` came from."""
+        return cls(owner.deployment, owner.group, owner.replica, owner.role, owner.operation)
+
+    @classmethod
+    def from_label(cls, text: object) -> "Reservation | None":
+        """The inverse of `label`, also of a machine's label; None for anything else."""
+        parts = text.removeprefix(LABEL).split("/") if isinstance(text, str) and text.startswith(LABEL) else []
+        if len(parts) != len(_FIELDS):
+            return None
+        deployment, group, replica, _, role, operation = parts
+        try:
+            return cls(deployment, group, replica, Role(role), operation)
+        except ValueError:
+            return None
+
+
+def fresh_id() -> str:
+    """An id that a client may choose (images): a repeated creation with it cannot make two."""
+    return str(uuid.uuid4())

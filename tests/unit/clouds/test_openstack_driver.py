@@ -1,0 +1,53 @@
+"""The OpenStack driver against a cloud in memory, over real HTTP."""
+
+import pytest
+
+from cloudfit_orchestrator.clouds.base import MachineState
+from cloudfit_orchestrator.testing.openstack_fake import FakeOpenStack
+from tests.unit.clouds.openstack_places import driving, machine_spec, owner, quick
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    quick(monkeypatch)
+    with FakeOpenStack().serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+def cloud(fake, tmp_path):
+    with driving(tmp_path, fake) as cloud:
+        yield cloud
+
+
+def left(fake):
+    return {kind: [d.get("name") for d in found.values()] for kind, found in fake.objects.items() if found}
+
+
+def test_a_machines_life(fake, cloud, tmp_path):
+    spec = machine_spec(tmp_path, cloud)
+    made = cloud.create(spec)
+    assert made.state is MachineState.RUNNING
+    assert made.reference == {"driver": "libvirt", "uri": "qemu:///system", "uuid": made.id}
+    assert cloud.create(spec).id == made.id
+    assert cloud.find(spec.owner).id == made.id
+    assert [m.id for m in cloud.machines("dep")] == [made.id]
+    paused = cloud.pause(made)
+    assert paused.state is MachineState.PAUSED
+    taken = cloud.snapshot(paused, "rec1")
+    assert cloud.snapshot(paused, "rec1").id == taken.id
+    assert cloud.resume(paused).state is MachineState.RUNNING
+    new = cloud.create(machine_spec(tmp_path, cloud, owner(incarnation=2, operation="rec1")))
+    exporter_owner = owner(incarnation=3, operation="rec2")
+    exporter = cloud.create(machine_spec(tmp_path, cloud, exporter_owner, disk=False, attach=taken))
+    assert len(fake.objects["volumes"]) == 3
+    cloud.destroy(exporter)
+    cloud.destroy(made)
+    assert cloud.find(made.owner) is None
+    assert len(fake.objects["volumes"]) == 2, "the volume below the evidence stays"
+    assert cloud.stop(new).state is MachineState.STOPPED
+    assert cloud.start(new).state is MachineState.RUNNING
+    cloud.destroy(new)
+    cloud.delete_snapshot(taken)
+    cloud.delete_network("dep", "dep-lisbon")
+    assert left(fake) == {}
