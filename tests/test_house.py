@@ -12,7 +12,6 @@ PACKAGE = HOME / "cloudfit_orchestrator"
 MAX_MODULE_LINES = 500
 # A module may be longer if it says here why it is one room and not two.
 LONG_MODULES: dict[str, str] = {
-    "cloudfit_orchestrator/bft/replica.py": "the one place where the parts of the core are called in their order",
     "cloudfit_orchestrator/testing/cloud.py": "a whole cloud in memory that refuses impossible states",
 }
 # Where one `except Exception` is right: the boundary of a process, a thread or a driver. Module -> why.

@@ -2,15 +2,14 @@
 
 from cloudfit_orchestrator.bft.batch import batch_digest, bundle_body, make_batch, split_batch
 from cloudfit_orchestrator.bft.clients import ClientWindow, Executed, reply_tree
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Answer
 from cloudfit_orchestrator.bft.journal import LogBatch
-from cloudfit_orchestrator.bft.judge import proposers
 from cloudfit_orchestrator.bft.messages import Forward, Overloaded, Replies, Result, encode
+from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import Situation, peer_id
-from cloudfit_orchestrator.bft.voice import Voice
 from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 AGAIN_S = 0.05  # repeated requests are gathered for so long: the answer to all of them costs one signature
@@ -28,13 +27,13 @@ class ClientDesk:
 
     def take(self, data: bytes, client: bytes | None = None) -> None:
         """A bundle, from its `client` or (None) handed on by a peer. Executed requests are answered from the table."""
-        configuration = self._at.configuration
-        if configuration is None or not self._at.installed or self._at.voice is None:
+        ordering = self._at.ordering
+        if ordering is None or not self._at.installed or not self._at.member:
             self._turn_away(data, client)
             return
-        limits = configuration.record.parameters
+        limits = ordering.record.parameters
         try:
-            body = configuration.checker.check(data)
+            body = ordering.batches.checker.check(data)
         except BadError:
             self._out.count("bad_bundle")
             return
@@ -80,7 +79,7 @@ class ClientDesk:
 
     def reply(self, slot: int, executed: list[Executed]) -> None:
         """One signature for all replies of a slot."""
-        if self._at.voice is None or self._out.replaying:
+        if not self._at.member or self._out.replaying:
             return
         c, me = self._at.c, self._at.me
         executed = [part for item in executed for part in _frames(item)]
@@ -97,49 +96,44 @@ class ClientDesk:
         for bundle in split_batch(batch):
             self._at.pool.remove(bundle)
 
-    def propose(self, voice: Voice, configuration: Configuration) -> None:
-        """PREPARE what waits, as far as own slots and the pipeline allow."""
-        limits = configuration.record.parameters
-        while self._at.installed and self._at.pool.unproposed:
-            slot = voice.propose_slot(self._at.execution.slot)
-            if slot is None:
-                return
-            bundles = self._at.pool.take(limits.max_batch_requests, limits.max_batch_bytes - 16)
-            if not bundles:
-                return
-            batch = make_batch(bundles)
-            digest = batch_digest(batch)
-            if configuration.batches.add(digest, batch):
-                self._out.journal(LogBatch(configuration.record.c, batch))
-            configuration.batches.name(digest, slot)
-            voice.propose(slot, digest)
+    def take_batch(self, slot: int) -> bytes | None:
+        """See `ordering.TakeBatch`."""
+        ordering = self._at.ordering
+        if ordering is None or not self._at.installed or not self._at.pool.unproposed:
+            return None
+        limits = ordering.record.parameters
+        bundles = self._at.pool.take(limits.max_batch_requests, limits.max_batch_bytes - 16)
+        if not bundles:
+            return None
+        batch = make_batch(bundles)
+        digest = batch_digest(batch)
+        if ordering.batches.add(digest, batch):
+            self._out.journal(LogBatch(ordering.record.c, batch))
+        ordering.batches.name(digest, slot)
+        return digest
 
-    def forward(self, voice: Voice, configuration: Configuration, *, behind: bool) -> None:
+    def forward(self, ordering: Ordering, *, behind: bool) -> None:
         """Who may not propose, or is too far `behind` to, hands bundles on to one who may."""
-        record, tail = configuration.record, voice.tail
-        turn = proposers(record, tail.e, tail.blacklist, tail.retired)
-        others = [replica for replica in turn if replica != self._at.me]
-        if not others or (len(others) < len(turn) and not behind):
-            return
-        chosen = record.member(others[tail.e % len(others)])
+        replica = ordering.forward_to(behind=behind)
+        chosen = ordering.record.member(replica) if replica is not None else None
         if chosen is not None:
             for waiting in self._at.pool.to_forward():
                 self._out.send(peer_id(chosen.replica, chosen.incarnation), Forward(waiting.data))
 
-    def prune(self, configuration: Configuration) -> None:
+    def prune(self, record: ConfigRecord) -> None:
         """Bundles that were executed under another wrapping, or left their client's window, wait for nothing."""
-        width = configuration.record.parameters.client_window
+        width = record.parameters.client_window
         for waiting in self._at.pool.bundles():
             row = ClientWindow(self._at.execution.store, waiting.body.client)
             numbers = [request.number for request in waiting.body.requests]
             if all(row.cached(n) is not None or not row.acceptable(n, width) for n in numbers):
                 self._at.pool.remove(waiting.data)
 
-    def recheck(self, configuration: Configuration) -> None:
+    def recheck(self, ordering: Ordering) -> None:
         """A new configuration may have other clients."""
         for waiting in self._at.pool.bundles():
             try:
-                configuration.checker.check(waiting.data)
+                ordering.batches.checker.check(waiting.data)
             except BadError:
                 self._at.pool.remove(waiting.data)
         self._at.pool.release()

@@ -1,12 +1,18 @@
 """Records of a replica's write-ahead log: the inputs that made its state, in the order of processing.
 
 Reading the log again through the same code rebuilds the state (protocol §2, restart within an epoch). The log is
-trusted by its owner only; nobody else takes its word.
+trusted by its owner only; nobody else takes its word. Entries here are shared by all ordering engines; each adds its
+own (`Ordering.ENTRIES`): the tags up to 19 are taken here and by the USIG engine, 20-29 by PBFT, others take them from
+100 on.
 """
+
+from collections.abc import Callable
+from functools import cache, reduce
+from operator import or_
 
 import msgspec
 
-from cloudfit_orchestrator.bft.messages import EpochEndMessage, Frozen, Named, StreamMessage
+from cloudfit_orchestrator.bft.messages import MALFORMED, Frozen, Named
 from cloudfit_orchestrator.model.errors import BadError
 
 
@@ -14,35 +20,6 @@ class LogRecord(Frozen, frozen=True, tag=1):
     """A configuration record was installed."""
 
     envelope: bytes
-
-
-class LogMessage(Frozen, frozen=True, tag=2):
-    """A stream message of another member was accepted."""
-
-    message: StreamMessage
-
-
-class LogAnchor(Frozen, frozen=True, tag=3):
-    """A cursor jumped to this attested STABLE (or the log was cut there)."""
-
-    message: StreamMessage
-
-
-class LogBody(Frozen, frozen=True, tag=4):
-    """An own body was made; its UI was asked for after this record was durable."""
-
-    c: int
-    cv: int
-    header: bytes
-    payload: bytes
-
-
-class LogUI(Frozen, frozen=True, tag=5):
-    """The UI of an own body arrived."""
-
-    c: int
-    cv: int
-    certificate: bytes
 
 
 class LogBatch(Frozen, frozen=True, tag=6):
@@ -75,43 +52,27 @@ class LogWedges(Frozen, frozen=True, tag=9):
     wedges: tuple[Named, ...]
 
 
-class LogView(Frozen, frozen=True, tag=10):
-    """A NEW-VIEW that stands and whose stream was cut behind it."""
-
-    message: StreamMessage
-
-
-class LogEnd(Frozen, frozen=True, tag=11):
-    """An EPOCH-END that verified."""
-
-    end: EpochEndMessage
-
-
-Entry = (
-    LogRecord
-    | LogMessage
-    | LogAnchor
-    | LogBody
-    | LogUI
-    | LogBatch
-    | LogState
-    | LogDecision
-    | LogWedges
-    | LogView
-    | LogEnd
-)
-_decoder: msgspec.msgpack.Decoder[Entry] = msgspec.msgpack.Decoder(Entry)
+SharedEntry = LogRecord | LogBatch | LogState | LogDecision | LogWedges
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def encode_entry(entry: Entry) -> bytes:
+def encode_entry(entry: Frozen) -> bytes:
     """The bytes of a log record."""
     return _encode(entry)
 
 
-def decode_entry(data: bytes) -> Entry:
-    """Raises BadError: the log is damaged where its checksums say it is not."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise BadError(f"log record is malformed: {error}") from error
+@cache
+def entry_decoder(types: tuple[type[Frozen], ...]) -> Callable[[bytes], Frozen]:
+    """Decodes `SharedEntry`s and entries of `types`; what it returns raises BadError: the log is damaged where its
+    checksums say it is not.
+    """
+    decode = msgspec.msgpack.Decoder(reduce(or_, types, SharedEntry)).decode
+
+    def decode_entry(data: bytes) -> Frozen:
+        try:
+            entry: Frozen = decode(data)
+        except MALFORMED as error:
+            raise BadError(f"log record is malformed: {error}") from error
+        return entry
+
+    return decode_entry

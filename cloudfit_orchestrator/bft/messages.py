@@ -1,10 +1,12 @@
-"""Messages of the replication protocol and their encoding (msgpack arrays, tagged by a small integer).
+"""Messages that every ordering engine shares, and the encoding of all (msgpack arrays, tagged by a small integer).
 
-Stream messages (protocol §3) are a header, a payload and a UI over H(header ‖ H(payload)). The header is kept as the
-bytes received: those were signed. Only a NEW-VIEW has a payload; so a COMMIT that carries header and UI of a PREPARE or
-SKIP carries the whole message. A batch is named in the PREPARE by its digest and travels beside it.
+An engine adds messages of its own (`Ordering.MESSAGES`): the tags 20-39 are taken here and by the USIG engine, 40-49 by
+messages of clients, 50-59 by PBFT; an engine from elsewhere takes tags from 100 on.
 """
 
+from collections.abc import Callable
+from functools import cache, reduce
+from operator import or_
 from typing import Final
 
 import msgspec
@@ -12,7 +14,6 @@ from msgspec import Struct
 
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import sha256, tagged
-from cloudfit_orchestrator.model.ui import message_digest
 
 MAX_PEER_FRAME: Final = 8 << 20  # one chunk of state, or a batch of 1 MiB with its PREPARE
 MAX_CLIENT_FRAME: Final = 1 << 20  # one bundle
@@ -25,46 +26,9 @@ class Frozen(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages."""
 
 
-# ---------------------------------------------------------------------------------------- headers of stream messages
-class Prepare(Frozen, frozen=True, tag=1):
-    """PREPARE(c, g, s, D): the proposer of s proposes the batch with digest D."""
-
-    c: int
-    g: int
-    s: int
-    batch: bytes
-
-
-class Skip(Frozen, frozen=True, tag=2):
-    """SKIP(c, g, s1..s2): the proposer of s1 and s2 proposes no-ops for all its slots of the range."""
-
-    c: int
-    g: int
-    s1: int
-    s2: int
-
-
-class Entry(Frozen, frozen=True):
-    """One vote in a COMMIT: it carries the PREPARE or SKIP with its UI; s1 = s2 = s for a PREPARE."""
-
-    s1: int
-    s2: int
-    proposer: str
-    cv: int
-    header: bytes
-    certificate: bytes
-
-
-class Commit(Frozen, frozen=True, tag=3):
-    """COMMIT(c, g, entries): at most L entries."""
-
-    c: int
-    g: int
-    entries: tuple[Entry, ...]
-
-
+# ----------------------------------------------------------------------------------------------------- wire messages
 class Named(Frozen, frozen=True):
-    """A stream message by its place: (replica, counter, message digest)."""
+    """A signed message by its place: (replica, counter, message digest); the counter is 0 where an engine has none."""
 
     replica: str
     cv: int
@@ -78,105 +42,6 @@ class Signed(Frozen, frozen=True):
     signature: bytes
 
 
-class Stable(Frozen, frozen=True, tag=4):
-    """STABLE(c, h', certificate, v, e, p, blacklist, retired, vector): states the whole state of its stream."""
-
-    c: int
-    h: int
-    digest: bytes
-    certificate: tuple[Signed, ...]
-    v: int
-    e: int
-    p: int
-    blacklist: tuple[str, ...]
-    retired: tuple[str, ...]
-    vector: tuple[Named, ...]
-
-
-class Req(Frozen, frozen=True):
-    """A member's REQ for view `target`, inside a certificate."""
-
-    replica: str
-    target: int
-    signature: bytes
-
-
-class ViewChange(Frozen, frozen=True, tag=5):
-    """VIEW-CHANGE(c, g, certificate, known RETIREs). Its log O is the sender's stream before it: a stream has one
-    message per counter, so every judge that has read it to here holds O, and none needs it carried.
-    """
-
-    c: int
-    g: int
-    certificate: tuple[Req, ...]
-    retires: tuple[bytes, ...]
-
-
-class Wedge(Frozen, frozen=True, tag=6):
-    """VIEW-CHANGE(c', 0): the last message of a stream of c; `prepared` is the envelope of PREPARED(c')."""
-
-    c: int
-    prepared: bytes
-
-
-class NewView(Frozen, frozen=True, tag=7):
-    """NEW-VIEW(c, g, h*, s_max, blacklist', retired'); payload `Merge`."""
-
-    c: int
-    g: int
-    h: int
-    s_max: int
-    blacklist: tuple[str, ...]
-    retired: tuple[str, ...]
-
-
-class CommitNewView(Frozen, frozen=True, tag=8):
-    """COMMIT(NEW-VIEW): carries header and UI of the NEW-VIEW by leader(c, g)."""
-
-    c: int
-    g: int
-    cv: int
-    header: bytes
-    payload_hash: bytes
-    certificate: bytes
-
-
-Header = Prepare | Skip | Commit | Stable | ViewChange | Wedge | NewView | CommitNewView
-
-
-# ----------------------------------------------------------------------------------------------------- wire messages
-class StreamMessage(Frozen, frozen=True, tag=20):
-    """Message `cv` of `replica`'s stream in c. `batch` is outside the UI: it comes with a PREPARE where it is held."""
-
-    c: int
-    replica: str
-    cv: int
-    header: bytes
-    payload: bytes
-    certificate: bytes
-    batch: bytes = b""
-
-    @property
-    def digest(self) -> bytes:
-        """What the UI certifies."""
-        return message_digest(self.header, self.payload)
-
-
-class Choice(Frozen, frozen=True):
-    """One slot of S: the proposal of the highest view `g`, or NOOP."""
-
-    s: int
-    g: int
-    batch: bytes
-
-
-class Merge(Frozen, frozen=True):
-    """Payload of a NEW-VIEW: the VIEW-CHANGEs it is computed from, and S."""
-
-    view_changes: tuple[Named, ...]
-    choices: tuple[Choice, ...]
-
-
 class StatementMessage(Frozen, frozen=True, tag=21):
     """A KSS-signed statement; `kind` and `body` as in model.statement."""
 
@@ -185,35 +50,6 @@ class StatementMessage(Frozen, frozen=True, tag=21):
     kind: int
     body: bytes
     signature: bytes
-
-
-class Fetch(Frozen, frozen=True, tag=22):
-    """Ask for messages first..last of a stream."""
-
-    c: int
-    replica: str
-    first: int
-    last: int
-
-
-class Discarded(Frozen, frozen=True, tag=23):
-    """Answer to a FETCH of a discarded counter: the newest attested STABLE that is kept, with its attestation."""
-
-    stable: StreamMessage
-    attestation: tuple[StreamMessage, ...]
-
-
-class FetchNewView(Frozen, frozen=True, tag=33):
-    """Ask for the NEW-VIEW(c, g) message, which is kept while its view is current."""
-
-    c: int
-    g: int
-
-
-class LogProof(Frozen, frozen=True, tag=35):
-    """The log of a VIEW-CHANGE, from a permitted anchor (or the epoch's start) to the VIEW-CHANGE itself."""
-
-    messages: tuple[StreamMessage, ...]
 
 
 class FetchBatches(Frozen, frozen=True, tag=24):
@@ -280,24 +116,8 @@ class Beacon(Frozen, frozen=True, tag=34):
     slot: int
 
 
-class EpochEndMessage(Frozen, frozen=True, tag=32):
-    """EPOCH-END of a stopped member, handed round as its vote."""
-
-    c: int
-    replica: str
-    cv_end: int
-    last_digest: bytes
-    last_certificate: bytes
-    signature: bytes
-
-
-PeerMessage = (
-    StreamMessage
-    | StatementMessage
-    | Fetch
-    | Discarded
-    | FetchNewView
-    | LogProof
+SharedMessage = (
+    StatementMessage
     | FetchBatches
     | BatchMessage
     | Forward
@@ -307,7 +127,6 @@ PeerMessage = (
     | Chunk
     | WedgeSet
     | Beacon
-    | EpochEndMessage
 )
 
 
@@ -365,12 +184,9 @@ ClientMessage = Bundle | Replies | Overloaded
 
 # ------------------------------------------------------------------------------------------------------------ codecs
 _encode = msgspec.msgpack.Encoder().encode
-_headers: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
-_peers: msgspec.msgpack.Decoder[PeerMessage] = msgspec.msgpack.Decoder(PeerMessage)
 _clients: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
-_merges = msgspec.msgpack.Decoder(Merge)
 _bodies = msgspec.msgpack.Decoder(BundleBody)
-_MALFORMED = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
+MALFORMED: Final = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: Struct) -> bytes:
@@ -378,54 +194,35 @@ def encode(message: Struct) -> bytes:
     return _encode(message)
 
 
-def decode_header(data: bytes) -> Header:
-    """Raises BadError."""
-    try:
-        header = _headers.decode(data)
-    except _MALFORMED as error:
-        raise BadError(f"header is malformed: {error}") from error
-    _check_ints(header)
-    return header
+@cache
+def peer_decoder(types: tuple[type[Frozen], ...]) -> Callable[[bytes], Frozen]:
+    """Decodes `SharedMessage`s and messages of `types`; what it returns raises BadError."""
+    decode = msgspec.msgpack.Decoder(reduce(or_, types, SharedMessage)).decode
 
+    def decode_peer(data: bytes) -> Frozen:
+        try:
+            message: Frozen = decode(data)
+        except MALFORMED as error:
+            raise BadError(f"peer message is malformed: {error}") from error
+        return message
 
-def decode_peer(data: bytes) -> PeerMessage:
-    """Raises BadError."""
-    try:
-        return _peers.decode(data)
-    except _MALFORMED as error:
-        raise BadError(f"peer message is malformed: {error}") from error
+    return decode_peer
 
 
 def decode_client(data: bytes) -> ClientMessage:
     """Raises BadError."""
     try:
         return _clients.decode(data)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BadError(f"client message is malformed: {error}") from error
-
-
-def decode_merge(data: bytes) -> Merge:
-    """Raises BadError."""
-    try:
-        return _merges.decode(data)
-    except _MALFORMED as error:
-        raise BadError(f"merge payload is malformed: {error}") from error
 
 
 def decode_bundle_body(data: bytes) -> BundleBody:
     """Raises BadError."""
     try:
         return _bodies.decode(data)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BadError(f"bundle body is malformed: {error}") from error
-
-
-def _check_ints(header: Header) -> None:
-    """Counters are unsigned 64 bit: what a struct cannot hold must not reach one."""
-    for name in ("c", "g", "s", "s1", "s2", "h", "v", "e", "p", "s_max", "cv"):
-        value = getattr(header, name, 0)
-        if not 0 <= value < 1 << 63:
-            raise BadError(f"{type(header).__name__}.{name} is out of range")
 
 
 def bundle_bytes(body: bytes) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cloudfit_orchestrator.bft.effects import Append, Effect, Report, Send, Sign
-from cloudfit_orchestrator.bft.journal import Entry, encode_entry
+from cloudfit_orchestrator.bft.journal import encode_entry
 from cloudfit_orchestrator.bft.messages import Frozen, encode
 from cloudfit_orchestrator.model.statement import Kind
 
@@ -36,7 +36,7 @@ class Outbox:
         if not self.replaying:
             self._effects.append(effect)
 
-    def journal(self, entry: Entry) -> None:
+    def journal(self, entry: Frozen) -> None:
         """Append to the write-ahead log."""
         if not self.replaying:
             self.log_size += 1

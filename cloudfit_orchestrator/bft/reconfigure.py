@@ -7,12 +7,9 @@ confirmed, and until ACTIVE pins one, nothing of any leaves but its confirmation
 from dataclasses import dataclass
 from itertools import combinations
 
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.execution import Execution
-from cloudfit_orchestrator.bft.logvotes import WEDGE
-from cloudfit_orchestrator.bft.merge import Merged
 from cloudfit_orchestrator.bft.messages import NOOP, Named
-from cloudfit_orchestrator.bft.slots import AgreementError
+from cloudfit_orchestrator.bft.ordering import AgreementError, Final, Ordering
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.record import ConfigRecord
 
@@ -52,61 +49,59 @@ class Successors:
         self.sets[names] = None
         return True
 
-    def choose(self, configuration: Configuration) -> tuple[Named, ...] | None:
-        """The own set, once Qv wedges give a merge; returned when it is new."""
+    def choose(self, ordering: Ordering) -> tuple[Named, ...] | None:
+        """The own set, once Qv wedges give an S; returned when it is new."""
         if self.own_set is not None:
             return None
-        votes = configuration.votes.of(WEDGE)
-        for chosen in combinations(votes, configuration.record.quorums.view_change):
-            if configuration.try_merge(chosen) is not None:
-                self.own_set = tuple(vote.name for vote in chosen)
+        for chosen in combinations(ordering.wedges(), ordering.record.quorums.view_change):
+            if ordering.final(chosen) is not None:
+                self.own_set = chosen
                 self.sets.setdefault(self.own_set, None)
                 return self.own_set
         return None
 
-    def compute(self, configuration: Configuration, execution: Execution) -> list[Outcome]:
+    def compute(self, ordering: Ordering, execution: Execution) -> list[Outcome]:
         """Outcomes of sets that could be computed just now."""
         new: list[Outcome] = []
         self.needs_state = None
         for names, known in list(self.sets.items()):
             if known is None:
-                outcome = self._compute(configuration, execution, names)
+                outcome = self._compute(ordering, execution, names)
                 if outcome is not None:
                     self.sets[names] = outcome
                     new.append(outcome)
         return new
 
-    def _compute(self, configuration: Configuration, execution: Execution, names: tuple[Named, ...]) -> Outcome | None:
-        votes = configuration.votes.named(WEDGE, names)
-        merged = configuration.try_merge(votes) if isinstance(votes, list) else None
-        if merged is None:
+    def _compute(self, ordering: Ordering, execution: Execution, names: tuple[Named, ...]) -> Outcome | None:
+        final = ordering.final(names)
+        if final is None:
             return None
-        if execution.slot < merged.h:
-            self.needs_state = merged.h
+        if execution.slot < final.h:
+            self.needs_state = final.h
             return None
-        return _execute(configuration, execution, merged)
+        return _execute(ordering, execution, final)
 
     def outcomes(self) -> list[Outcome]:
         """All computed so far."""
         return [outcome for outcome in self.sets.values() if outcome is not None]
 
 
-def _execute(configuration: Configuration, execution: Execution, merged: Merged) -> Outcome | None:
-    if execution.slot > merged.s_max:
-        raise AgreementError(f"executed slot {execution.slot}, a quorum of wedges knows only {merged.s_max}")
+def _execute(ordering: Ordering, execution: Execution, final: Final) -> Outcome | None:
+    if execution.slot > final.s_max:
+        raise AgreementError(f"executed slot {execution.slot}, a quorum of wedges knows only {final.s_max}")
     steps = []
     beyond: list[tuple[int, bytes]] = []
-    for choice in merged.choices:
-        if choice.s <= execution.slot:
-            known = execution.history.get(choice.s)
-            if known is not None and known != choice.batch:
-                raise AgreementError(f"slot {choice.s} was executed otherwise than a quorum of wedges says")
+    for s, digest in final.choices:
+        if s <= execution.slot:
+            known = execution.history.get(s)
+            if known is not None and known != digest:
+                raise AgreementError(f"slot {s} was executed otherwise than a quorum of wedges says")
             continue
-        checked = configuration.batches.checked(choice.batch)
-        if choice.batch != NOOP and checked is None:
-            configuration.want_batch(choice.batch)
+        checked = ordering.batches.checked(digest)
+        if digest != NOOP and checked is None:
+            ordering.want_batch(digest)
             return None
         steps.append(checked)
-        beyond.append((choice.s, choice.batch))
-    store = execution.tentative(steps, configuration.record.parameters.client_window)
-    return Outcome(merged.s_max, store.root(), store, tuple(beyond))
+        beyond.append((s, digest))
+    store = execution.tentative(steps, ordering.record.parameters.client_window)
+    return Outcome(final.s_max, store.root(), store, tuple(beyond))

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.execution import Execution
 from cloudfit_orchestrator.bft.interfaces import Service
-from cloudfit_orchestrator.bft.messages import Beacon
+from cloudfit_orchestrator.bft.messages import Beacon, StatementMessage, peer_decoder
+from cloudfit_orchestrator.bft.ordering import Ordering
+from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.pool import Pool
-from cloudfit_orchestrator.bft.voice import Voice
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.signing import Verifier
+from cloudfit_orchestrator.model.statement import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,9 @@ def replica_of(peer: str) -> str:
 
 
 class Situation:
-    """See the module. `configuration` is the present one, that of `envelope`; `voice` is None if we are no member."""
+    """See the module. `ordering` is that of the present configuration, whose record is in `envelope`. Implements
+    `ordering.Host`.
+    """
 
     def __init__(
         self,
@@ -43,36 +46,39 @@ class Situation:
         service: Service,
         controllers: list[bytes],
         verifier: Verifier,
+        out: Outbox,
     ) -> None:
         self.group = group
         self.me = me
         self.incarnation = incarnation
         self.controllers = controllers
         self.verifier = verifier
-        self.configuration: Configuration | None = None
+        self._out = out
+        self.ordering: Ordering | None = None
         self.envelope = b""
-        self.old: Configuration | None = None
-        self.voice: Voice | None = None
+        self.old: Ordering | None = None  # of the configuration before: a leaving member can still hand round its log
+        self.member = False  # of the present configuration
+        self.decode = peer_decoder(())  # a message of the present or the last configuration's engine; raises BadError
         self.execution = Execution(service)
         self.pool = Pool()
         self.installed = False  # ACTIVE(c) and the state at its h, or a later certified one, are here
-        self.ended = False  # the wormhole has closed the own epoch
         self.saved: set[tuple[int, int]] = set()  # (c, slot) of durable snapshots
         self.beacons: dict[str, Beacon] = {}
         self.learners: dict[str, Peer] = {}
         self.exporters: dict[str, Peer] = {}
         self.peers: dict[str, Peer] = {}
         self.progress_s = 0.0  # when something was executed or a view entered last
+        self.statements: dict[Kind, StatementMessage] = {}  # own newest ones, repeated until superseded
 
     @property
     def c(self) -> int:
         """Number of the present configuration; 0 before the first."""
-        return self.configuration.record.c if self.configuration is not None else 0
+        return self.ordering.record.c if self.ordering is not None else 0
 
     @property
     def live(self) -> bool:
         """We speak."""
-        return self.voice is not None and self.voice.live
+        return self.ordering is not None and self.ordering.live
 
     @property
     def own_id(self) -> str:
@@ -90,17 +96,41 @@ class Situation:
         return member is not None and member.incarnation == self.incarnation
 
     def stable_slot(self) -> int:
-        """The slot of the own last STABLE; of the newest certificate within the own state if we are no member."""
-        if self.voice is not None:
-            return self.voice.tail.h
-        newest = self.configuration.statements.newest if self.configuration is not None else None
+        """The slot of the own stable checkpoint; of the newest certificate within the own state if we are no member."""
+        if self.ordering is None:
+            return 0
+        if self.member:
+            return self.ordering.stable
+        newest = self.ordering.statements.newest
         return newest.slot if newest is not None and newest.slot <= self.execution.slot else 0
+
+    def activate(self, ordering: Ordering, envelope: bytes) -> None:
+        """A configuration became ACTIVE."""
+        self.old, self.ordering, self.envelope = self.ordering, ordering, envelope
+        self.member = self.is_me(ordering.record)
+        self.beacons.clear()
+        self.statements.clear()
+        types = ordering.MESSAGES + (self.old.MESSAGES if self.old is not None else ())
+        self.decode = peer_decoder(tuple(dict.fromkeys(types)))
+
+    def announce(self, kind: Kind, body: bytes) -> None:
+        """See `ordering.Host`."""
+        c = self.c
+        self._out.sign(c, kind, body, lambda signature: self._announce(c, kind, body, signature))
+
+    def _announce(self, c: int, kind: Kind, body: bytes, signature: bytes) -> None:
+        if self.ordering is None or self.c != c:
+            return
+        message = StatementMessage(c, self.me, kind, body, signature)
+        self.statements[kind] = message
+        self.ordering.statements.add(message, self.stable_slot())
+        self._out.broadcast(self.others, message)
 
     def refresh_peers(self, prepared: list[ConfigRecord]) -> None:
         """Whom we talk to: members of the present and of coming configurations, learners, exporters."""
         records = [*prepared]
-        if self.configuration is not None:
-            records.append(self.configuration.record)
+        if self.ordering is not None:
+            records.append(self.ordering.record)
         if self.old is not None and not self.installed:  # a leaving member can still hand round what it has
             records.append(self.old.record)
         peers = {}

@@ -2,10 +2,10 @@
 
 import base64
 
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import EndEpoch
 from cloudfit_orchestrator.bft.journal import LogRecord, LogWedges
 from cloudfit_orchestrator.bft.messages import WedgeSet
+from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.reconfigure import Outcome, Successors
 from cloudfit_orchestrator.bft.situation import Situation
@@ -46,8 +46,8 @@ class Succession:
             del self.successors.prepared[min(self.successors.prepared)]
         self._out.journal(LogRecord(envelope))
         self.successors.prepared[record.c] = (record, envelope)
-        if self._at.voice is not None:
-            self._at.voice.successor = envelope
+        if self._at.ordering is not None:
+            self._at.ordering.wedge(envelope)
         self.refresh_peers()
         self._out.report("prepared", {"c": record.c})
 
@@ -57,16 +57,16 @@ class Succession:
 
     def outcomes(self) -> list[Outcome]:
         """The states that ACTIVE may pin, computed again if the log has just been read."""
-        if self._at.configuration is not None and self._at.installed and self.successors.prepared:
-            self.successors.compute(self._at.configuration, self._at.execution)
+        if self._at.ordering is not None and self._at.installed and self.successors.prepared:
+            self.successors.compute(self._at.ordering, self._at.execution)
         return self.successors.outcomes()
 
     def take_set(self, peer: str, message: WedgeSet) -> None:
         """A peer computed S from these wedges: we shall, too."""
-        configuration = self._at.configuration
-        if configuration is None or message.c != configuration.record.c or not self.successors.prepared:
+        ordering = self._at.ordering
+        if ordering is None or message.c != ordering.record.c or not self.successors.prepared:
             return
-        if len(message.wedges) <= configuration.record.n and self.successors.add_set(message.wedges, peer):
+        if len(message.wedges) <= ordering.record.n and self.successors.add_set(message.wedges, peer):
             self._out.journal(LogWedges(message.successor, message.wedges))
 
     def confirm_first(self) -> None:
@@ -75,30 +75,29 @@ class Succession:
         if newest is not None and newest[0].base is None and self._at.is_me(newest[0]):
             self._confirm(*newest, 0, StateStore().root())
 
-    def advance(self, configuration: Configuration) -> None:
+    def advance(self, ordering: Ordering) -> None:
         """Do what the newest PREPARED record allows now."""
         newest = self.successors.newest()
         if newest is None:
             return
-        voice = self._at.voice
-        if voice is not None and not self._at.ended and voice.wedge_vote_ready and self._out.every("end", END_RETRY_S):
-            self._out.put(EndEpoch(configuration.record.c))
+        if ordering.wedged and not ordering.ended and self._out.every("end", END_RETRY_S):
+            self._out.put(EndEpoch(ordering.record.c))
         record, envelope = newest
         if not self._at.is_me(record) or not self._at.installed:
             return
-        chosen = self.successors.choose(configuration)
+        chosen = self.successors.choose(ordering)
         if chosen is not None:
             self._out.journal(LogWedges(record.c, chosen))
-            self.hand_round(configuration)
-        self.successors.compute(configuration, self._at.execution)
+            self.hand_round(ordering)
+        self.successors.compute(ordering, self._at.execution)
         for outcome in self.successors.outcomes():
             self._confirm(record, envelope, outcome.h, outcome.digest)
 
-    def hand_round(self, configuration: Configuration) -> None:
+    def hand_round(self, ordering: Ordering) -> None:
         """Tell the others which wedges the own S comes from; repeated."""
         newest = self.successors.newest()
         if newest is not None and self.successors.own_set is not None:
-            message = WedgeSet(configuration.record.c, newest[0].c, self.successors.own_set)
+            message = WedgeSet(ordering.record.c, newest[0].c, self.successors.own_set)
             self._out.broadcast(self._at.others, message)
 
     def _confirm(self, record: ConfigRecord, envelope: bytes, h: int, digest: bytes) -> None:

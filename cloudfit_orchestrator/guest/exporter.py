@@ -19,23 +19,21 @@ import msgspec
 
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.effects import Report
-from cloudfit_orchestrator.bft.journal import LogBatch, LogBody, LogMessage, LogUI, decode_entry
+from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import (
     MAX_CHUNKS_ASKED,
     MAX_FETCH,
     BatchMessage,
     Chunk,
     ChunkQuery,
-    Fetch,
     FetchBatches,
-    PeerMessage,
     StateIndex,
     StateQuery,
-    StreamMessage,
-    decode_peer,
     encode,
 )
 from cloudfit_orchestrator.bft.store import BUCKETS
+from cloudfit_orchestrator.bft.usig.journal import LogBody, LogMessage, LogUI, decode_entry
+from cloudfit_orchestrator.bft.usig.messages import Fetch, PeerMessage, StreamMessage, decode_peer
 from cloudfit_orchestrator.guest import machine
 from cloudfit_orchestrator.guest.certifier import Certifier, Nobody
 from cloudfit_orchestrator.guest.channel import Handlers

@@ -6,6 +6,7 @@ around canonical JSON; the chain hashes envelopes, so what is signed is what is 
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.model.envelope import open_envelope, seal
 from cloudfit_orchestrator.model.errors import BadError, BadInputError
-from cloudfit_orchestrator.model.quorum import Quorums, quorums
+from cloudfit_orchestrator.model.quorum import Quorums, quorums, quorums_without_wormhole
 from cloudfit_orchestrator.model.signing import Verifier, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
@@ -33,10 +34,14 @@ class Status(StrEnum):
 
 
 class Algorithm(StrEnum):
-    """Ordering engines with a wormhole."""
+    """The ordering engines of this package; a record may name another one that is installed (`bft.engines`)."""
 
     EBAWA = "ebawa"
     MINBFT = "minbft"
+
+
+WITH_WORMHOLE = frozenset({Algorithm.EBAWA, Algorithm.MINBFT})  # a wormhole numbers their messages: 2f+1 are enough
+_ALGORITHM_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class ConfigRecord:
     service: str
     f: int
     k: int
-    algorithm: Algorithm
+    algorithm: str  # an `Algorithm`, or the name of an engine from elsewhere
     parameters: Parameters
     previous: bytes  # hash of the envelope before this one in the chain; NO_DIGEST for the first
     status: Status = Status.PREPARED
@@ -117,8 +122,11 @@ class ConfigRecord:
 
     @property
     def quorums(self) -> Quorums:
-        """Qc and Qv of this configuration."""
-        return quorums(self.n, self.f, self.k)
+        """Qc and Qv of this configuration. Of an engine from elsewhere nothing is known but that it works without a
+        wormhole's counter: those quorums are safe for any.
+        """
+        table = quorums if self.algorithm in WITH_WORMHOLE else quorums_without_wormhole
+        return table(self.n, self.f, self.k)
 
     @property
     def confirmations_needed(self) -> int:
@@ -240,6 +248,7 @@ def _decode(doc: Any) -> ConfigRecord:
     top["clients"] = tuple(Client(**rich(x)) for x in top["clients"])
     top["confirmations"] = tuple(Confirmation(**rich(x)) for x in top["confirmations"])
     top["parameters"] = Parameters(**top["parameters"])
-    top["algorithm"] = Algorithm(top["algorithm"])
+    if not _ALGORITHM_NAME.fullmatch(top["algorithm"]):
+        raise ValueError(f"algorithm is {top['algorithm']!r}")
     top["status"] = Status(top["status"])
     return ConfigRecord(**top)

@@ -15,16 +15,9 @@ from typing import Any
 
 from cloudfit_orchestrator.bft.clients import reply_root
 from cloudfit_orchestrator.bft.effects import Answer, Effect, SaveSnapshot, Send
-from cloudfit_orchestrator.bft.messages import (
-    Replies,
-    Result,
-    StatementMessage,
-    decode_client,
-    decode_peer,
-    encode,
-    reply_leaf,
-)
+from cloudfit_orchestrator.bft.messages import Replies, Result, StatementMessage, decode_client, encode, reply_leaf
 from cloudfit_orchestrator.bft.store import BUCKETS
+from cloudfit_orchestrator.bft.usig.messages import decode_peer
 from cloudfit_orchestrator.guest import machine
 from cloudfit_orchestrator.guest.runtime import Runtime
 from cloudfit_orchestrator.model.channel import SIGN_HEAD, FrameKind

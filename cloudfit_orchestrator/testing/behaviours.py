@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from cloudfit_orchestrator.bft.effects import Answer, Certify, Effect, Send, Sign
-from cloudfit_orchestrator.bft.messages import (
-    BatchMessage,
-    Chunk,
+from cloudfit_orchestrator.bft.messages import BatchMessage, Chunk, StatementMessage, encode
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Entry,
     Header,
@@ -23,12 +22,10 @@ from cloudfit_orchestrator.bft.messages import (
     Req,
     Skip,
     Stable,
-    StatementMessage,
     StreamMessage,
     ViewChange,
     decode_header,
     decode_peer,
-    encode,
 )
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind

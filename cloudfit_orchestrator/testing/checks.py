@@ -9,9 +9,10 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from cloudfit_orchestrator.bft.effects import Append, Effect, Send, Sign
-from cloudfit_orchestrator.bft.journal import LogAnchor, LogEnd, LogState
+from cloudfit_orchestrator.bft.journal import LogState
 from cloudfit_orchestrator.bft.pool import MAX_BUNDLES
-from cloudfit_orchestrator.bft.stream import MAX_AHEAD
+from cloudfit_orchestrator.bft.usig.journal import LogAnchor, LogEnd
+from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD
 from cloudfit_orchestrator.model.errors import UnknownError
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record, record_hash
 from cloudfit_orchestrator.model.signing import Verifier

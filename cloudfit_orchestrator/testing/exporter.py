@@ -9,10 +9,10 @@ from cloudfit_orchestrator.bft.messages import (
     Frozen,
     StateIndex,
     StateQuery,
-    decode_peer,
     encode,
 )
 from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, chunk_hash
+from cloudfit_orchestrator.bft.usig.messages import decode_peer
 from cloudfit_orchestrator.testing.disk import SimDisk
 
 CORRUPT_SHARE = 0.3  # of a corrupt disk's chunks

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import (
     Answer,
     Append,
@@ -27,10 +26,12 @@ from cloudfit_orchestrator.bft.effects import (
     Sign,
 )
 from cloudfit_orchestrator.bft.interfaces import Service
-from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME, StreamMessage
+from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
+from cloudfit_orchestrator.bft.ordering import AgreementError, ProtocolError
 from cloudfit_orchestrator.bft.replica import Replica
-from cloudfit_orchestrator.bft.slots import AgreementError
-from cloudfit_orchestrator.bft.voice import ProtocolError
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.messages import StreamMessage
+from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import Verifier
@@ -186,7 +187,8 @@ class Machine:
     @property
     def configuration(self) -> Configuration | None:
         """What its core knows of the present configuration."""
-        return self.replica._at.configuration if self.replica is not None else None  # noqa: SLF001
+        ordering = self.replica._at.ordering if self.replica is not None else None  # noqa: SLF001
+        return ordering.configuration if isinstance(ordering, UsigOrdering) else None
 
     def session(self, c: int) -> int:
         """Its open session of epoch c, 0 if there is none."""

@@ -14,25 +14,24 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 
 from cloudfit_orchestrator.bft.batch import batch_digest
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Append, Certify, Effect
-from cloudfit_orchestrator.bft.journal import LogBatch, LogBody, decode_entry
-from cloudfit_orchestrator.bft.logvotes import WEDGE
-from cloudfit_orchestrator.bft.merge import Merged, Vote, merge, vote_of
-from cloudfit_orchestrator.bft.messages import (
-    NOOP,
+from cloudfit_orchestrator.bft.journal import LogBatch
+from cloudfit_orchestrator.bft.messages import NOOP, Named, StatementMessage
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.journal import LogBody, decode_entry
+from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
+from cloudfit_orchestrator.bft.usig.merge import Merged, Vote, merge, vote_of
+from cloudfit_orchestrator.bft.usig.messages import (
     CommitNewView,
-    Named,
     NewView,
     Skip,
     Stable,
-    StatementMessage,
     StreamMessage,
     ViewChange,
     Wedge,
     decode_merge,
 )
-from cloudfit_orchestrator.bft.stream import Kept, Stream
+from cloudfit_orchestrator.bft.usig.stream import Kept, Stream
 from cloudfit_orchestrator.model.record import ConfigRecord, record_hash
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, Verifier
 from cloudfit_orchestrator.model.statement import Kind

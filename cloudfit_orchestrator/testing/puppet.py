@@ -12,30 +12,27 @@ from typing import Any
 import msgspec
 
 from cloudfit_orchestrator.bft.batch import make_batch
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Certify, Effect
-from cloudfit_orchestrator.bft.judge import StreamState, leader, proposers
-from cloudfit_orchestrator.bft.merge import Merged, merge
-from cloudfit_orchestrator.bft.messages import (
-    NOOP,
+from cloudfit_orchestrator.bft.messages import NOOP, Named, StatementMessage, encode
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.judge import StreamState, leader, proposers
+from cloudfit_orchestrator.bft.usig.merge import Merged, merge
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
     Entry,
     Header,
     Merge,
-    Named,
     NewView,
     Prepare,
     Req,
     Skip,
     Stable,
-    StatementMessage,
     StreamMessage,
     ViewChange,
     Wedge,
-    encode,
 )
-from cloudfit_orchestrator.bft.stream import Kept
+from cloudfit_orchestrator.bft.usig.stream import Kept
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.testing.machine import Machine

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cloudfit_orchestrator.bft.configuration import Configuration
 from cloudfit_orchestrator.bft.effects import Effect, Send
-from cloudfit_orchestrator.bft.slots import AgreementError
+from cloudfit_orchestrator.bft.ordering import AgreementError
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.model.errors import CloudfitError
 from cloudfit_orchestrator.model.record import Algorithm, Client, ConfigRecord
 from cloudfit_orchestrator.testing import behaviours

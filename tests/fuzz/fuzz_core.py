@@ -3,18 +3,8 @@
 import msgspec
 
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
-from cloudfit_orchestrator.bft.messages import (
-    Bundle,
-    BundleBody,
-    Header,
-    PeerMessage,
-    Prepare,
-    Request,
-    StatementMessage,
-    ViewChange,
-    bundle_bytes,
-    encode,
-)
+from cloudfit_orchestrator.bft.messages import Bundle, BundleBody, Request, StatementMessage, bundle_bytes, encode
+from cloudfit_orchestrator.bft.usig.messages import Header, PeerMessage, Prepare, ViewChange
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 from tests.fuzz.choices import Choices
 from tests.unit.bft.house import GROUP, House

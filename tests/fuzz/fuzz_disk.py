@@ -5,8 +5,9 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from cloudfit_orchestrator.bft.messages import ChunkQuery, Fetch, FetchBatches, StateQuery, encode
+from cloudfit_orchestrator.bft.messages import ChunkQuery, FetchBatches, StateQuery, encode
 from cloudfit_orchestrator.bft.store import BUCKETS, StateStore, root_of
+from cloudfit_orchestrator.bft.usig.messages import Fetch
 from cloudfit_orchestrator.guest.exporter import OldDisk
 from cloudfit_orchestrator.guest.snapshots import _ENTRY, _HEAD, _INDEX_MAGIC, SnapshotFiles
 from cloudfit_orchestrator.guest.storage import DiskFailedError

@@ -4,20 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from cloudfit_orchestrator.bft.batch import bundle_body, make_batch, split_batch
-from cloudfit_orchestrator.bft.journal import decode_entry, encode_entry
-from cloudfit_orchestrator.bft.messages import (
-    Header,
-    Overloaded,
-    PeerMessage,
-    Replies,
-    decode_bundle_body,
-    decode_client,
-    decode_header,
-    decode_merge,
-    decode_peer,
-    encode,
-)
+from cloudfit_orchestrator.bft.journal import encode_entry
+from cloudfit_orchestrator.bft.messages import Overloaded, Replies, decode_bundle_body, decode_client, encode
 from cloudfit_orchestrator.bft.store import decode_chunk
+from cloudfit_orchestrator.bft.usig.journal import decode_entry
+from cloudfit_orchestrator.bft.usig.messages import Header, PeerMessage, decode_header, decode_merge, decode_peer
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.testing.crypto import KeyRing
 from tests.fuzz.choices import Choices

@@ -12,36 +12,38 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
-from cloudfit_orchestrator.bft.configuration import Configuration
-from cloudfit_orchestrator.bft.judge import StreamState, judge
-from cloudfit_orchestrator.bft.logvotes import WEDGE
-from cloudfit_orchestrator.bft.merge import Merged
 from cloudfit_orchestrator.bft.messages import (
     NOOP,
     Bundle,
     BundleBody,
+    Named,
+    Request,
+    Signed,
+    StatementMessage,
+    bundle_bytes,
+    encode,
+)
+from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.judge import StreamState, judge
+from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
+from cloudfit_orchestrator.bft.usig.merge import Merged
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
     Entry,
     Header,
     Merge,
-    Named,
     NewView,
     Prepare,
     Req,
-    Request,
-    Signed,
     Skip,
     Stable,
-    StatementMessage,
     StreamMessage,
     ViewChange,
     Wedge,
-    bundle_bytes,
     decode_header,
-    encode,
 )
-from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import (
     Algorithm,
@@ -72,7 +74,7 @@ class House:
         n: int = 3,
         *,
         f: int = 1,
-        algorithm: Algorithm = Algorithm.EBAWA,
+        algorithm: str = Algorithm.EBAWA,
         period: int = 1,
         window: int = 2,
         c: int = 1,
@@ -123,11 +125,11 @@ class House:
         active = prepared.activated(prepared=name, previous=bytes(32), h=h, digest=digest, confirmations=confirmations)
         return active, seal_record(active, CONTROLLER)
 
-    def successor(self, c: int = 2) -> bytes:
+    def successor(self, c: int = 2, **changes: Any) -> bytes:
         """The envelope of a PREPARED(c) on this base."""
         record = replace(
             self.record, c=c, base=self.record.c, status=Status.PREPARED, h=0, digest=bytes(32), confirmations=(),
-            prepared=bytes(32),
+            prepared=bytes(32), **changes,
         )  # fmt: skip
         return seal_record(record, CONTROLLER)
 

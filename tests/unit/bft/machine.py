@@ -16,10 +16,12 @@ from cloudfit_orchestrator.bft.effects import (
     Send,
     Sign,
 )
-from cloudfit_orchestrator.bft.journal import LogBatch, LogBody, decode_entry
-from cloudfit_orchestrator.bft.messages import Frozen, Header, StreamMessage, decode_header, decode_peer, encode
+from cloudfit_orchestrator.bft.journal import LogBatch
+from cloudfit_orchestrator.bft.messages import Frozen, encode
 from cloudfit_orchestrator.bft.replica import Replica
 from cloudfit_orchestrator.bft.store import Snapshot
+from cloudfit_orchestrator.bft.usig.journal import LogBody, decode_entry
+from cloudfit_orchestrator.bft.usig.messages import Header, StreamMessage, decode_header, decode_peer
 from cloudfit_orchestrator.model.statement import Kind, statement_bytes
 from cloudfit_orchestrator.services.counter import CounterService
 from tests.unit.bft.house import GROUP, House

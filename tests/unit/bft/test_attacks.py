@@ -11,28 +11,31 @@ from hypothesis import strategies as st
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
 from cloudfit_orchestrator.bft.clients import _window_key, execute
-from cloudfit_orchestrator.bft.journal import LogBatch, decode_entry
+from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import (
     BundleBody,
-    Commit,
-    EpochEndMessage,
-    Fetch,
     FetchBatches,
-    Header,
-    Merge,
     Named,
-    NewView,
-    PeerMessage,
-    Prepare,
     Request,
     Signed,
-    Stable,
     StatementMessage,
-    StreamMessage,
-    decode_header,
     encode,
 )
 from cloudfit_orchestrator.bft.store import LIBRARY_RESERVE, MAX_CHUNK, StateStore, bucket_of
+from cloudfit_orchestrator.bft.usig.journal import decode_entry
+from cloudfit_orchestrator.bft.usig.messages import (
+    Commit,
+    EpochEndMessage,
+    Fetch,
+    Header,
+    Merge,
+    NewView,
+    PeerMessage,
+    Prepare,
+    Stable,
+    StreamMessage,
+    decode_header,
+)
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.model.ui import RECENT_UIS
@@ -199,7 +202,7 @@ def test_no_more_bodies_wait_than_the_wormhole_remembers() -> None:
     house = House(period=64, window=512)
     machine = Machine(house, "r0")
     machine.wormhole = False
-    voice = machine.core._at.voice
+    voice = machine.core._at.ordering.voice
     assert voice is not None
     while voice.room:
         slot = voice._next_own()
@@ -325,7 +328,7 @@ def test_a_certificate_with_one_bad_signature_is_taken_over_by_nobody() -> None:
     machine.hear(house.stable("r2", 1, digest=root, certificate=padded, vector=()), sender=FAULTY)
     machine.kss = True
     machine.serve()
-    assert machine.core._at.configuration.streams["r2"].ended == 2
+    assert machine.core._at.ordering.configuration.streams["r2"].ended == 2
     machine.hear(house.statement("r1", Kind.CHECKPOINT, 1, root))
     (stable,) = [h for h in machine.said() if isinstance(h, Stable)]
     assert len(stable.certificate) == 2

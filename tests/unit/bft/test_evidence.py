@@ -4,8 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudfit_orchestrator.bft.batch import BundleChecker
-from cloudfit_orchestrator.bft.evidence import MAX_CHECKPOINT_SLOTS, MAX_VIEW, Attestations, Batches, Statements
-from cloudfit_orchestrator.bft.messages import Named, Req, Signed, Stable, StreamMessage
+from cloudfit_orchestrator.bft.batches import Batches
+from cloudfit_orchestrator.bft.checkpoints import MAX_CHECKPOINT_SLOTS
+from cloudfit_orchestrator.bft.messages import Named, Signed
+from cloudfit_orchestrator.bft.usig.evidence import MAX_VIEW, Attestations, Statements
+from cloudfit_orchestrator.bft.usig.messages import Req, Stable, StreamMessage
 from cloudfit_orchestrator.model.statement import Kind
 from tests.unit.bft.house import House
 

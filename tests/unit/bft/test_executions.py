@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from cloudfit_orchestrator.bft import configuration as room
-from cloudfit_orchestrator.bft.configuration import Configuration
-from cloudfit_orchestrator.bft.evidence import Attestations
-from cloudfit_orchestrator.bft.judge import Broken, StreamState
-from cloudfit_orchestrator.bft.messages import (
-    NOOP,
+from cloudfit_orchestrator.bft.messages import NOOP
+from cloudfit_orchestrator.bft.ordering import AgreementError
+from cloudfit_orchestrator.bft.usig import configuration as room
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.evidence import Attestations
+from cloudfit_orchestrator.bft.usig.judge import Broken, StreamState
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
     Entry,
@@ -22,8 +23,7 @@ from cloudfit_orchestrator.bft.messages import (
     StreamMessage,
     decode_header,
 )
-from cloudfit_orchestrator.bft.slots import AgreementError
-from cloudfit_orchestrator.bft.stream import Offered
+from cloudfit_orchestrator.bft.usig.stream import Offered
 from cloudfit_orchestrator.model.record import Algorithm
 from tests.unit.bft.house import WEDGE, House, entry_of
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cloudfit_orchestrator.bft.messages import Wedge
+from cloudfit_orchestrator.bft.usig.messages import Wedge
 from cloudfit_orchestrator.model import envelope as module
 from cloudfit_orchestrator.model.envelope import key_id, open_envelope
 from cloudfit_orchestrator.model.errors import BadError

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cloudfit_orchestrator.bft.judge import (
+from cloudfit_orchestrator.bft.messages import Named, Signed, encode
+from cloudfit_orchestrator.bft.usig.judge import (
     WEDGED_VIEW,
     Broken,
     Held,
@@ -14,21 +15,18 @@ from cloudfit_orchestrator.bft.judge import (
     leader,
     proposers,
 )
-from cloudfit_orchestrator.bft.messages import (
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
     Entry,
     Header,
-    Named,
     NewView,
     Prepare,
-    Signed,
     Skip,
     Stable,
     StreamMessage,
     ViewChange,
     Wedge,
-    encode,
 )
 from cloudfit_orchestrator.model.record import Algorithm
 from tests.unit.bft.house import House

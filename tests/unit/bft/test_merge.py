@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudfit_orchestrator.bft.judge import StreamState
-from cloudfit_orchestrator.bft.merge import Merged, Missing, Proposal, Vote, merge
-from cloudfit_orchestrator.bft.messages import NOOP, Choice, Named, NewView
+from cloudfit_orchestrator.bft.messages import NOOP, Named
+from cloudfit_orchestrator.bft.usig.judge import StreamState
+from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge
+from cloudfit_orchestrator.bft.usig.messages import Choice, NewView
 from cloudfit_orchestrator.model.record import Algorithm, ConfigRecord
 from tests.unit.bft.house import House
 

@@ -10,20 +10,23 @@ from hypothesis import strategies as st
 
 from cloudfit_orchestrator.bft import messages
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest, make_batch, split_batch
-from cloudfit_orchestrator.bft.journal import decode_entry
 from cloudfit_orchestrator.bft.messages import (
     Bundle,
     BundleBody,
-    Header,
-    PeerMessage,
     Request,
     bundle_bytes,
     decode_bundle_body,
     decode_client,
+    encode,
+)
+from cloudfit_orchestrator.bft.usig.journal import decode_entry
+from cloudfit_orchestrator.bft.usig.messages import (
+    Header,
+    PeerMessage,
+    Prepare,
     decode_header,
     decode_merge,
     decode_peer,
-    encode,
 )
 from cloudfit_orchestrator.model.errors import BadError
 from tests.unit.bft.house import House
@@ -74,9 +77,9 @@ def test_peer_messages_come_back(message: PeerMessage) -> None:
 
 @given(st.integers(-(1 << 63), (1 << 64) - 1))
 def test_counters_that_no_struct_holds_reach_none(n: int) -> None:
-    data = encode(messages.Prepare(1, 0, n, b""))
+    data = encode(Prepare(1, 0, n, b""))
     if 0 <= n < 1 << 63:
-        assert decode_header(data) == messages.Prepare(1, 0, n, b"")
+        assert decode_header(data) == Prepare(1, 0, n, b"")
     else:
         with pytest.raises(BadError):
             decode_header(data)

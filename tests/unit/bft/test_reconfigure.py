@@ -7,19 +7,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
-from cloudfit_orchestrator.bft.messages import (
-    BatchMessage,
-    Commit,
-    Named,
-    StatementMessage,
-    StateQuery,
-    StreamMessage,
-    Wedge,
-    WedgeSet,
-    encode,
-)
+from cloudfit_orchestrator.bft.messages import BatchMessage, Named, StatementMessage, StateQuery, WedgeSet, encode
 from cloudfit_orchestrator.bft.reconfigure import MAX_SETS_OF_PEER, Successors
 from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.bft.usig.messages import Commit, StreamMessage, Wedge
 from cloudfit_orchestrator.model.record import Confirmation, Status, confirm_body, open_record, record_hash, seal_record
 from cloudfit_orchestrator.model.statement import Kind, statement_bytes
 from cloudfit_orchestrator.services.counter import add
@@ -193,7 +184,7 @@ def test_votes_of_others_after_their_wedge_count_for_nothing() -> None:
     s.r0.hear(s.house.commit("r1", s.x))  # r1 wedged before: a false vote
     s.r0.ticks(1)
     assert s.r0.core.status["slot"] == 0
-    assert s.r0.core._at.configuration.slots.decisions() == []
+    assert s.r0.core._at.ordering.configuration.slots.decisions() == []
 
 
 def test_votes_that_came_before_the_wedges_still_decide() -> None:

@@ -4,8 +4,10 @@ import pytest
 
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Append, Certify, Sign
-from cloudfit_orchestrator.bft.journal import LogBody, LogUI, decode_entry
-from cloudfit_orchestrator.bft.messages import (
+from cloudfit_orchestrator.bft.messages import encode
+from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.bft.usig.journal import LogBody, LogUI, decode_entry
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
     Discarded,
@@ -16,9 +18,7 @@ from cloudfit_orchestrator.bft.messages import (
     ViewChange,
     Wedge,
     decode_header,
-    encode,
 )
-from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.services.counter import add
@@ -56,15 +56,15 @@ def enter_view(house: House, machine: Machine, g: int = 1) -> None:
 
 def fingerprint(machine: Machine) -> dict[str, object]:
     at = machine.core._at
-    configuration = at.configuration
-    if configuration is None:
+    if at.ordering is None:
         return {}
+    configuration, voice = at.ordering.configuration, at.ordering.voice
     return {
         "slot": at.execution.slot,
         "root": at.execution.store.root(),
         "streams": {r: (s.cursor, s.state, s.ended) for r, s in configuration.streams.items()},
         "decided": [(s, d) for s, d in configuration.slots.decisions() if s > at.execution.slot],
-        "tail": at.voice.tail if at.voice is not None else None,
+        "tail": voice.tail if voice is not None else None,
         "installed": at.installed,
     }
 
@@ -111,7 +111,7 @@ def test_every_prefix_of_a_log_rebuilds_and_repeats_nothing() -> None:
             continue
         again.session()
         assert house.streams["r0"] == whole[: len(whole)] + house.streams["r0"][len(whole) :]
-        cursor = again.core._at.configuration.streams["r0"].cursor
+        cursor = again.core._at.ordering.configuration.streams["r0"].cursor
         if cursor < len(whole):
             assert not again.core.status["live"], "the counter is ahead of the log"
             assert len(house.streams["r0"]) == len(whole), "it stays silent"
@@ -148,8 +148,8 @@ def test_the_own_stream_is_not_taken_from_a_forger() -> None:
     again = machine.restarted(machine.log[:2])
     forged = StreamMessage(1, "r0", 1, whole[1].header, b"", whole[1].certificate)
     again.hear(forged, sender="r2#3")
-    assert again.core._at.configuration.streams["r0"].cursor == 0
-    assert not again.restarted(start=False).core._at.configuration.streams["r0"].waiting
+    assert again.core._at.ordering.configuration.streams["r0"].cursor == 0
+    assert not again.restarted(start=False).core._at.ordering.configuration.streams["r0"].waiting
 
 
 # ----- crash between log, UI and send
@@ -208,7 +208,7 @@ def test_an_orphan_that_the_counter_has_passed_with_another_body_is_not_taken_fo
     other = house.say("r0", Commit(1, 0, ()))  # what a lost log had said under this counter
     again = machine.restarted()
     assert not again.core.status["live"]
-    assert again.core._at.configuration.streams["r0"].cursor == 0
+    assert again.core._at.ordering.configuration.streams["r0"].cursor == 0
     assert house.streams["r0"] == [other]
 
 
@@ -298,9 +298,9 @@ def test_a_snapshot_that_did_not_reach_the_disk_is_not_counted_on() -> None:
 def test_a_discarded_own_tail_is_no_reason_to_jump_while_it_speaks() -> None:
     house, machine = busy()
     stables = [m for m in house.streams["r0"] if isinstance(decode_header(m.header), Stable)]
-    cursor = machine.core._at.configuration.streams["r0"].cursor
+    cursor = machine.core._at.ordering.configuration.streams["r0"].cursor
     machine.hear(Discarded(stables[-1], ()), sender="r2#3")
-    assert machine.core._at.configuration.streams["r0"].cursor == cursor
+    assert machine.core._at.ordering.configuration.streams["r0"].cursor == cursor
 
 
 def test_a_new_machine_begins_with_nothing() -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 
-from cloudfit_orchestrator.bft.merge import Proposal
-from cloudfit_orchestrator.bft.messages import NOOP, Choice
-from cloudfit_orchestrator.bft.slots import AgreementError, Slots
+from cloudfit_orchestrator.bft.messages import NOOP
+from cloudfit_orchestrator.bft.ordering import AgreementError
+from cloudfit_orchestrator.bft.usig.merge import Proposal
+from cloudfit_orchestrator.bft.usig.messages import Choice
+from cloudfit_orchestrator.bft.usig.slots import Slots
 
 A, B = b"a" * 32, b"b" * 32
 

@@ -1,9 +1,10 @@
 """R0 and truncation (protocol §3, §4): FIFO, bounded waiting, jumps only forward, L kept behind the last STABLE."""
 
-from cloudfit_orchestrator.bft import stream as stream_module
-from cloudfit_orchestrator.bft.judge import StreamState, stated
-from cloudfit_orchestrator.bft.messages import Header, Prepare, Stable, StreamMessage, encode
-from cloudfit_orchestrator.bft.stream import MAX_AHEAD, Kept, Stream
+from cloudfit_orchestrator.bft.messages import encode
+from cloudfit_orchestrator.bft.usig import stream as stream_module
+from cloudfit_orchestrator.bft.usig.judge import StreamState, stated
+from cloudfit_orchestrator.bft.usig.messages import Header, Prepare, Stable, StreamMessage
+from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Kept, Stream
 
 START = StreamState(0, 0, 0, 0, (), ())
 WINDOW = 4

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from cloudfit_orchestrator.bft.configuration import Configuration
-from cloudfit_orchestrator.bft.judge import leader, proposers
-from cloudfit_orchestrator.bft.merge import Merged, merge
-from cloudfit_orchestrator.bft.messages import (
+from cloudfit_orchestrator.bft.messages import encode
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.judge import leader, proposers
+from cloudfit_orchestrator.bft.usig.merge import Merged, merge
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
     Entry,
@@ -23,7 +24,6 @@ from cloudfit_orchestrator.bft.messages import (
     Stable,
     StreamMessage,
     decode_header,
-    encode,
 )
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.signing import sha256

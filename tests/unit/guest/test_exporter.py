@@ -6,18 +6,11 @@ import random
 import pytest
 
 from cloudfit_orchestrator.bft.batch import batch_digest
-from cloudfit_orchestrator.bft.journal import LogBatch, LogBody, LogUI, encode_entry
-from cloudfit_orchestrator.bft.messages import (
-    BatchMessage,
-    Chunk,
-    ChunkQuery,
-    Fetch,
-    FetchBatches,
-    StateIndex,
-    StateQuery,
-    StreamMessage,
-)
+from cloudfit_orchestrator.bft.journal import LogBatch, encode_entry
+from cloudfit_orchestrator.bft.messages import BatchMessage, Chunk, ChunkQuery, FetchBatches, StateIndex, StateQuery
 from cloudfit_orchestrator.bft.store import BUCKETS, StateStore, bucket_of, chunk_hash
+from cloudfit_orchestrator.bft.usig.journal import LogBody, LogUI
+from cloudfit_orchestrator.bft.usig.messages import Fetch, StreamMessage
 from cloudfit_orchestrator.guest.exporter import OldDisk
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
 from cloudfit_orchestrator.guest.wal import WriteAheadLog

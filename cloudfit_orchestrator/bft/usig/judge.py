@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cloudfit_orchestrator.bft.messages import (
+from cloudfit_orchestrator.bft.messages import Signed
+from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
     Header,
     NewView,
     Prepare,
     Req,
-    Signed,
     Skip,
     Stable,
     StreamMessage,
@@ -99,7 +99,7 @@ def leader(record: ConfigRecord, g: int) -> str:
 
 def proposers(record: ConfigRecord, g: int, blacklist: Sequence[str], retired: Sequence[str]) -> tuple[str, ...]:
     """Ag: who proposes in view g, in slot order (proposer of s is Ag[s mod |Ag|])."""
-    if record.algorithm is Algorithm.MINBFT:
+    if record.algorithm == Algorithm.MINBFT:
         return (leader(record, g),)
     names = [m.replica for m in record.members]
     working = [r for r in names if r not in retired]

@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from cloudfit_orchestrator.bft.merge import Proposal
-from cloudfit_orchestrator.bft.messages import Choice
-
-
-class AgreementError(Exception):
-    """Two values for one slot: more members are faulty than f, or the protocol is broken. Stop at once."""
+from cloudfit_orchestrator.bft.ordering import AgreementError
+from cloudfit_orchestrator.bft.usig.merge import Proposal
+from cloudfit_orchestrator.bft.usig.messages import Choice
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ the newest attested STABLE that may start a log is dropped; what is ahead of a g
 from dataclasses import dataclass
 from enum import Enum
 
-from cloudfit_orchestrator.bft.judge import StreamState
-from cloudfit_orchestrator.bft.messages import Header, Named, Prepare, Skip, Stable, StreamMessage
+from cloudfit_orchestrator.bft.messages import Named
+from cloudfit_orchestrator.bft.usig.judge import StreamState
+from cloudfit_orchestrator.bft.usig.messages import Header, Prepare, Skip, Stable, StreamMessage
 
 MAX_AHEAD = 2048  # counters beyond the cursor that may wait: several windows of an honest sender
 MAX_WAITING_BYTES = 16 << 20  # of headers and payloads that wait; a NEW-VIEW with a full window is 20 KiB

@@ -8,12 +8,13 @@ a correct replica cannot end its own stream.
 from collections.abc import Callable
 from itertools import combinations
 
-from cloudfit_orchestrator.bft.configuration import Configuration
-from cloudfit_orchestrator.bft.judge import StreamState, judge, leader, proposers
-from cloudfit_orchestrator.bft.logvotes import WEDGE
-from cloudfit_orchestrator.bft.merge import Merged, Vote, slots_of
-from cloudfit_orchestrator.bft.messages import (
-    NOOP,
+from cloudfit_orchestrator.bft.messages import NOOP, encode
+from cloudfit_orchestrator.bft.ordering import ProtocolError
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.judge import StreamState, judge, leader, proposers
+from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
+from cloudfit_orchestrator.bft.usig.merge import Merged, Vote, slots_of
+from cloudfit_orchestrator.bft.usig.messages import (
     Choice,
     Commit,
     CommitNewView,
@@ -27,17 +28,12 @@ from cloudfit_orchestrator.bft.messages import (
     StreamMessage,
     ViewChange,
     Wedge,
-    encode,
 )
-from cloudfit_orchestrator.bft.stream import Kept
+from cloudfit_orchestrator.bft.usig.stream import Kept
 from cloudfit_orchestrator.model.signing import sha256
 from cloudfit_orchestrator.model.ui import RECENT_UIS
 
 PIPELINE = 4  # own batches in flight: while they are, requests gather into the next one (adaptive batching)
-
-
-class ProtocolError(Exception):
-    """The core is about to break its own protocol: a bug. It stops before saying so."""
 
 
 class Voice:

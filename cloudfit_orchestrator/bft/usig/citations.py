@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from cloudfit_orchestrator.bft.merge import Proposal, slots_of
-from cloudfit_orchestrator.bft.messages import NOOP, Commit, Header, Prepare, Skip, StreamMessage, decode_header
-from cloudfit_orchestrator.bft.slots import Slots
-from cloudfit_orchestrator.bft.stream import MAX_AHEAD, Citation, Stream
-from cloudfit_orchestrator.bft.wanted import Wanted
+from cloudfit_orchestrator.bft.messages import NOOP
+from cloudfit_orchestrator.bft.usig.merge import Proposal, slots_of
+from cloudfit_orchestrator.bft.usig.messages import Commit, Header, Prepare, Skip, StreamMessage, decode_header
+from cloudfit_orchestrator.bft.usig.slots import Slots
+from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Citation, Stream
+from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
 

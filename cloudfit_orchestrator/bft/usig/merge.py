@@ -9,19 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cloudfit_orchestrator.bft.judge import StreamState, proposers
-from cloudfit_orchestrator.bft.messages import (
-    NOOP,
-    Choice,
-    Commit,
-    CommitNewView,
-    Named,
-    NewView,
-    Prepare,
-    Skip,
-    StreamMessage,
-)
-from cloudfit_orchestrator.bft.stream import Kept
+from cloudfit_orchestrator.bft.messages import NOOP, Named
+from cloudfit_orchestrator.bft.usig.judge import StreamState, proposers
+from cloudfit_orchestrator.bft.usig.messages import Choice, Commit, CommitNewView, NewView, Prepare, Skip, StreamMessage
+from cloudfit_orchestrator.bft.usig.stream import Kept
 from cloudfit_orchestrator.model.record import Algorithm, ConfigRecord
 
 
@@ -144,7 +135,7 @@ def merge(record: ConfigRecord, votes: Sequence[Vote], lookup: Lookup) -> Merged
     s_max = max((s for s in work.candidates if work.chosen(s) is not None), default=h)
     choices = [work.chosen(s) or Choice(s, 0, NOOP) for s in range(h + 1, s_max + 1)]
     top = max((vote.state for vote in votes), key=lambda state: state.e)
-    blacklist = work.blacklist(top) if record.algorithm is Algorithm.EBAWA else ()
+    blacklist = work.blacklist(top) if record.algorithm != Algorithm.MINBFT else ()
     retired = tuple(sorted(set(top.retired).union(*(vote.retires for vote in votes))))
     if work.batches or work.views or work.streams:
         return Missing(tuple(sorted(work.batches)), tuple(sorted(work.views)), tuple(sorted(work.streams)))

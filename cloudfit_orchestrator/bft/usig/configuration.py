@@ -6,15 +6,18 @@ are what follows. Nothing here speaks: a member's own voice is in `voice.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest
-from cloudfit_orchestrator.bft.citations import Citations
-from cloudfit_orchestrator.bft.evidence import Attestations, Batches, Certificate, Statements
-from cloudfit_orchestrator.bft.judge import Broken, Held, StreamState, initial, judge, leader, stated
-from cloudfit_orchestrator.bft.logvotes import LogVotes
-from cloudfit_orchestrator.bft.merge import Merged, Missing, Proposal, Vote, merge, slots_of
-from cloudfit_orchestrator.bft.messages import (
-    NOOP,
+from cloudfit_orchestrator.bft.batches import Batches
+from cloudfit_orchestrator.bft.checkpoints import Certificate
+from cloudfit_orchestrator.bft.messages import NOOP, Signed
+from cloudfit_orchestrator.bft.usig.citations import Citations
+from cloudfit_orchestrator.bft.usig.evidence import Attestations, Statements
+from cloudfit_orchestrator.bft.usig.judge import Broken, Held, StreamState, initial, judge, leader, stated
+from cloudfit_orchestrator.bft.usig.logvotes import LogVotes
+from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge, slots_of
+from cloudfit_orchestrator.bft.usig.messages import (
     Choice,
     Commit,
     CommitNewView,
@@ -22,7 +25,6 @@ from cloudfit_orchestrator.bft.messages import (
     NewView,
     Prepare,
     Req,
-    Signed,
     Skip,
     Stable,
     StreamMessage,
@@ -31,9 +33,9 @@ from cloudfit_orchestrator.bft.messages import (
     decode_header,
     decode_merge,
 )
-from cloudfit_orchestrator.bft.slots import Slots
-from cloudfit_orchestrator.bft.stream import Kept, Offered, Stream, bare
-from cloudfit_orchestrator.bft.wanted import Wanted
+from cloudfit_orchestrator.bft.usig.slots import Slots
+from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, Stream, bare
+from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, Verifier, sha256
@@ -155,7 +157,7 @@ class Configuration:
         stream = self.streams.get(first.replica)
         if stream is None or stream.stands(last.cv) is not True:
             return
-        if [m.cv for m in messages] != list(range(first.cv, last.cv + 1)):
+        if any(later.cv != earlier.cv + 1 for earlier, later in pairwise(messages)):
             return
         if not all(m.replica == first.replica and m.c == self.record.c and self.genuine(m) for m in messages):
             return

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from cloudfit_orchestrator.bft.merge import Missing
+from cloudfit_orchestrator.bft.usig.merge import Missing
 
 
 @dataclass(slots=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from cloudfit_orchestrator.bft.judge import StreamState
-from cloudfit_orchestrator.bft.merge import Vote, vote_of
-from cloudfit_orchestrator.bft.messages import Named, ViewChange, Wedge
-from cloudfit_orchestrator.bft.stream import Kept, Stream
-from cloudfit_orchestrator.bft.wanted import Wanted
+from cloudfit_orchestrator.bft.messages import Named
+from cloudfit_orchestrator.bft.usig.judge import StreamState
+from cloudfit_orchestrator.bft.usig.merge import Vote, vote_of
+from cloudfit_orchestrator.bft.usig.messages import ViewChange, Wedge
+from cloudfit_orchestrator.bft.usig.stream import Kept, Stream
+from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.orders import open_retire
 from cloudfit_orchestrator.model.record import ConfigRecord

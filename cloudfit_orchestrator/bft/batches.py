@@ -1,0 +1,62 @@
+"""The batches that a replica holds, by digest, with their verdict."""
+
+from dataclasses import dataclass
+
+from cloudfit_orchestrator.bft.batch import BundleChecker, Checked
+
+
+@dataclass(slots=True)
+class _Held:
+    data: bytes
+    checked: Checked | None
+    slot: int  # the highest slot that a proposal names it for; -1 if none yet
+
+
+class Batches:
+    """Batches by digest, valid or not, with their verdict."""
+
+    def __init__(self, checker: BundleChecker, max_loose: int) -> None:
+        """`max_loose`: batches held that no standing proposal names yet; a log that is read again has 2L at most."""
+        self.checker = checker
+        self._max_loose = max_loose
+        self._held: dict[bytes, _Held] = {}
+
+    def add(self, digest: bytes, data: bytes) -> bool:
+        """Hold a batch whose digest the caller computed. False if it is held already."""
+        if digest in self._held:
+            return False
+        loose = [d for d, held in self._held.items() if held.slot < 0]
+        if len(loose) >= self._max_loose:
+            del self._held[loose[0]]
+        self._held[digest] = _Held(data, self.checker.valid(data), -1)
+        return True
+
+    def name(self, digest: bytes, slot: int) -> None:
+        """A proposal names the batch for `slot`."""
+        held = self._held.get(digest)
+        if held is not None:
+            held.slot = max(held.slot, slot)
+
+    def data(self, digest: bytes) -> bytes | None:
+        """The batch, or None."""
+        held = self._held.get(digest)
+        return held.data if held else None
+
+    def checked(self, digest: bytes) -> Checked | None:
+        """The decoded batch if it is held and valid."""
+        held = self._held.get(digest)
+        return held.checked if held else None
+
+    def valid(self, digest: bytes) -> bool | None:
+        """The verdict on a batch, or None if it is not held."""
+        held = self._held.get(digest)
+        return None if held is None else held.checked is not None
+
+    def drop(self, below: int) -> None:
+        """Forget batches that only slots up to `below` name."""
+        for digest in [d for d, held in self._held.items() if 0 <= held.slot <= below]:
+            del self._held[digest]
+
+    def all(self) -> list[bytes]:
+        """All batches held, also those whose proposal waits: it may be voted for before the log is cut again."""
+        return [held.data for held in self._held.values()]

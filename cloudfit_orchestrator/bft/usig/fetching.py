@@ -1,0 +1,95 @@
+"""Fetching parts of streams and NEW-VIEWs that are known to exist and are not here, and answering who asks (protocol §3
+R0, §4).
+"""
+
+from cloudfit_orchestrator.bft.messages import MAX_FETCH, Frozen
+from cloudfit_orchestrator.bft.ordering import Host
+from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.situation import replica_of
+from cloudfit_orchestrator.bft.turns import Turns
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, FetchNewView
+from cloudfit_orchestrator.bft.usig.serving import answer_fetch, answer_view
+
+PATIENCE_S = 1.0  # what was asked for is not asked for again while it comes in, nor sooner than this
+STUCK_S = 0.5  # a stream that stands still for so long may be jumped ahead on another's word than its owner's
+MAX_VIEWS_ASKED = 4  # at once
+
+
+class Fetching:
+    """Asks peers about the streams of one configuration, and answers them."""
+
+    def __init__(self, host: Host, outbox: Outbox, configuration: Configuration) -> None:
+        self._at = host
+        self._out = outbox
+        self._configuration = configuration
+        self._turns = Turns()
+        self._asked: dict[str, tuple[int, int, float]] = {}  # replica -> (first, last, when) of the FETCH under way
+        self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
+
+    def fetch(self, *, live: bool) -> None:
+        """Ask for gaps and views; for the own stream only while we are not `live`."""
+        configuration, others = self._configuration, self._at.others
+        c = configuration.record.c
+        ahead = {replica_of(peer): beacon.cv for peer, beacon in self._at.beacons.items()}
+        for replica, stream in configuration.streams.items():
+            needed = max(ahead.get(replica, 0), configuration.wanted.streams.get(replica, 0), *stream.waiting, 0)
+            first = stream.cursor + 1
+            if stream.ended is not None or needed < first or (replica == self._at.me and live):
+                continue
+            while first in stream.waiting:
+                first += 1
+            if first <= needed and self._patience_ends(replica, first):
+                last = min(needed, first + MAX_FETCH - 1)
+                self._asked[replica] = (first, last, self._out.now_s)
+                self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
+        if configuration.wanted.views and self._out.every("views", PATIENCE_S / 2):
+            asked = self._turns.next(others, "views")
+            for g in sorted(configuration.wanted.views)[:MAX_VIEWS_ASKED]:
+                self._out.send(asked, FetchNewView(c, g))
+
+    def _patience_ends(self, replica: str, first: int) -> bool:
+        """Whether the gap that begins at `first` is to be asked for: what was asked for has come, or nothing comes."""
+        asked = self._asked.get(replica)
+        if asked is None or not asked[0] <= first <= asked[1]:
+            return True
+        if first > asked[0]:  # it is coming in
+            self._asked[replica] = (first, asked[1], self._out.now_s)
+            return False
+        return self._out.now_s - asked[2] >= PATIENCE_S
+
+    def _source(self, others: list[str], replica: str) -> str:
+        """Every other time the stream's owner, else the next peer: the owner may be faulty, or down."""
+        owner = next((peer for peer in others if replica_of(peer) == replica), None)
+        asked = self._turns.count(replica)
+        if owner is not None and asked % 2:
+            return owner
+        return self._turns.next(others, f"streams like {replica}")
+
+    def take_discarded(self, peer: str, message: Discarded) -> None:
+        """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream
+        has stood still for a while, as a faulty peer might make us jump over what correct ones still have.
+        """
+        replica = message.stable.replica
+        stream = self._configuration.streams.get(replica)
+        if stream is None:
+            return
+        cursor, since_s = self._stuck.get(replica, (-1, 0.0))
+        if cursor != stream.cursor:
+            self._stuck[replica] = (stream.cursor, self._out.now_s)
+        if replica_of(peer) == replica or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
+            self._configuration.offer_jump(message)
+
+    def answer(self, peer: str, message: Frozen) -> bool:
+        """Answer a question about this configuration. False if it was none."""
+        match message:
+            case Fetch():
+                answers = answer_fetch(self._configuration, message)
+            case FetchNewView():
+                answers = answer_view(self._configuration, message)
+            case _:
+                return False
+        if message.c == self._configuration.record.c:
+            for answer in answers:
+                self._out.send(peer, answer)
+        return True

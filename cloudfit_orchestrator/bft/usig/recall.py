@@ -1,0 +1,48 @@
+"""The streams of one configuration as log entries, and EPOCH-END as it travels."""
+
+from cloudfit_orchestrator.bft.messages import Frozen
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.journal import LogAnchor, LogBody, LogEnd, LogMessage, LogUI, LogView
+from cloudfit_orchestrator.bft.usig.messages import EpochEndMessage
+from cloudfit_orchestrator.bft.usig.voice import Voice
+from cloudfit_orchestrator.model.ui import EpochEnd
+
+
+def end_message(end: EpochEnd) -> EpochEndMessage:
+    """EPOCH-END as it is logged and handed round."""
+    return EpochEndMessage(end.c, end.replica, end.cv_end, end.last_digest, end.last_certificate, end.signature)
+
+
+def epoch_end(message: EpochEndMessage) -> EpochEnd:
+    """The reverse."""
+    return EpochEnd(
+        message.replica, message.c, message.cv_end, message.last_digest, message.last_certificate, message.signature
+    )
+
+
+def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
+    """Entries that rebuild the streams as they are kept."""
+    c, streams = configuration.record.c, configuration.streams.values()
+    found: list[Frozen] = [LogView(view.message) for _, view in sorted(configuration.new_views.items())]
+    found += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
+    found += _messages(configuration, voice)
+    if voice is not None:
+        found += [LogBody(c, cv, *body) for cv, body in sorted(voice.pending.items())]
+    found += [LogEnd(end_message(end)) for end in configuration.votes.epoch_ends.values()]
+    return found
+
+
+def _messages(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
+    """Kept stream messages. Their order among streams does not matter: one that cites another's waits for it."""
+    found: list[Frozen] = []
+    for stream in configuration.streams.values():
+        for cv, kept in stream.kept.items():
+            message = kept.message
+            if stream.base and cv == stream.base + 1:
+                continue  # the anchor itself
+            if voice is not None and stream.replica == voice.me:
+                found.append(LogBody(message.c, cv, message.header, message.payload))
+                found.append(LogUI(message.c, cv, message.certificate))
+            else:
+                found.append(LogMessage(message))
+    return found

@@ -1,0 +1,58 @@
+"""Answers to peers' questions about streams: messages and NEW-VIEWs. Reads only."""
+
+from collections.abc import Iterator
+
+from cloudfit_orchestrator.bft.messages import MAX_FETCH, Frozen
+from cloudfit_orchestrator.bft.serving import MAX_ANSWER
+from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, FetchNewView, LogProof, Prepare, StreamMessage
+from cloudfit_orchestrator.bft.usig.stream import Kept
+
+
+def with_batch(configuration: Configuration, kept: Kept) -> StreamMessage:
+    """The message as it is sent: a PREPARE brings its batch."""
+    message = kept.message
+    data = configuration.batches.data(kept.header.batch) if isinstance(kept.header, Prepare) else None
+    if data is None:
+        return message
+    return StreamMessage(
+        message.c, message.replica, message.cv, message.header, message.payload, message.certificate, data
+    )
+
+
+def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Frozen]:
+    """Messages first..last of a stream, as far as they are held; the anchor with its attestation if they are not."""
+    stream = configuration.streams.get(question.replica)
+    if stream is None or question.first > question.last:
+        return
+    anchor = stream.anchor()
+    if anchor is not None and question.first <= stream.base:
+        proof = configuration.attestations.proof(question.replica, anchor.message.cv)
+        yield Discarded(anchor.message, proof)
+    size = 0
+    first = max(question.first, stream.base + 1)
+    for cv in range(first, min(question.last, first + MAX_FETCH - 1) + 1):
+        kept = stream.kept.get(cv)
+        if kept is None:
+            waiting = stream.waiting.get(cv)
+            if waiting is None or stream.ended is not None:
+                return
+            message = waiting
+        else:
+            message = with_batch(configuration, kept)
+        size += len(message.header) + len(message.payload) + len(message.batch)
+        if size > MAX_ANSWER and cv > first:
+            return
+        yield message
+
+
+def answer_view(configuration: Configuration, question: FetchNewView) -> Iterator[Frozen]:
+    """The NEW-VIEW of a view, and the COMMITs of it: each, if it stands, proves that the NEW-VIEW does."""
+    if configuration.record.c == question.c:
+        view = configuration.new_views.get(question.g)
+        if view is not None:
+            yield view.message
+            for log in view.logs:
+                if sum(len(message.header) + len(message.payload) for message in log) <= MAX_ANSWER:
+                    yield LogProof(log)
+        yield from configuration.commits.get(question.g, {}).values()
