@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cloudfit_orchestrator.testing.simulator import Simulation
 
 MAX_LOG_RECORDS = 4000  # of one machine: far above a few windows
-MAX_SNAPSHOTS = 64  # kept on one disk: those of a second or two, until they are collected
+MAX_SNAPSHOTS = 400  # kept on one disk: with K=1 those of all slots of a second or two, until they are collected
 MAX_KEPT = 2000  # messages of one stream: a window's worth between attested STABLEs, and slack while nobody attests
 MAX_HELD_BATCHES = 1500
 SAMPLE_UIS = 60  # the observer looks after so many more UIs
@@ -112,7 +112,7 @@ class Checks:
 
     def activated(self, record: ConfigRecord, envelope: bytes) -> None:
         """A record becomes ACTIVE: the last look at the configuration before it, whose epochs are closed."""
-        self._look()
+        self.look()
         before = self.observer.judge
         if before is not None and record.h < before.slots.highest_decided:
             # what was decided and is above h would be lost
@@ -132,10 +132,11 @@ class Checks:
     def sample(self) -> bool:
         """Look again once enough has been said. Always False: it never ends a run by itself."""
         if self.observer.certified_count - self._sampled >= SAMPLE_UIS:
-            self._look()
+            self.look()
         return False
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """All that can be told now."""
         self._sampled = self.observer.certified_count
         try:
             if self._world.judge() is None:
@@ -188,7 +189,7 @@ class Checks:
     # ---------------------------------------------------------------------------------------------------- at the end
     def final(self) -> None:
         """Everything once more, and what only the whole run shows."""
-        self._look()
+        self.look()
         self._check_chain()
         try:
             violation = self.history.check()

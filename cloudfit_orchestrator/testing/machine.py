@@ -68,6 +68,10 @@ class World(Protocol):
         """All that was certified, judged: what an adversary who reads everything knows."""
         ...
 
+    def look(self) -> None:
+        """Check what can be checked now: something has been said that may have broken it."""
+        ...
+
     def report(self, machine: "Machine", topic: str, body: dict[str, Any]) -> None:
         """A report for the controller."""
         ...

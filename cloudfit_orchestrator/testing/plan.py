@@ -13,7 +13,7 @@ from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.quorum import quorums
 from cloudfit_orchestrator.model.record import Algorithm, Parameters
 from cloudfit_orchestrator.testing import behaviours
-from cloudfit_orchestrator.testing.profiles import MIXED, Profile, profile_of
+from cloudfit_orchestrator.testing.profiles import MIXED, PUPPETS, Profile, profile_of
 
 Changes = dict[str, Any]  # fields of a Profile
 PERIODS_AND_WINDOWS = [(4, 16), (4, 16), (2, 8), (4, 4), (8, 24), (1, 1), (2, 2)]  # K and L, slots
@@ -120,7 +120,7 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
     if n < 2:
         raise BadInputError(f"a group of {n} tolerates nothing", next_command="simulate 3 replicas or more")
     changes = changes or {}
-    f, k = stream("row").choice(rows(n)) if name == MIXED else ((n - 1) // 2, 0)
+    f, k = stream("row").choice(rows(n)) if name in (MIXED, PUPPETS) else ((n - 1) // 2, 0)
     quorums(n, f, k)
     profile = profile_of(name, stream("profile"), changes)
     replicas = [f"r{i}" for i in range(n)]
@@ -138,8 +138,10 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
         profile=profile,
         changes=changes,
         parameters=parameters(stream("parameters")),
-        taken={replica: behaviours.choose(attacks) for replica in taken},
-        next_attacks=tuple(behaviours.choose(attacks) for _ in range(profile.replacements if profile.mobile else 0)),
+        taken={replica: profile.attacks or behaviours.choose(attacks) for replica in taken},
+        next_attacks=tuple(
+            profile.attacks or behaviours.choose(attacks) for _ in range(profile.replacements if profile.mobile else 0)
+        ),
         troubles=tuple(_troubles(stream, profile, replicas, taken, shuffled[::-1][:lapses])),
     )
 

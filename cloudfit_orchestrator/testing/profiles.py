@@ -10,7 +10,7 @@ DROPS = Weather(drop=0.05)
 DELAYS = Weather(jitter_s=0.02, late=0.02, late_s=2.0)
 REORDERS = Weather(delay_s=0.0005, jitter_s=0.03, duplicate=0.1)
 STORM = Weather(drop=0.03, duplicate=0.05, jitter_s=0.01, late=0.01, late_s=1.5)
-MIXED = "mixed"
+MIXED, PUPPETS = "mixed", "puppets"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Profile:
     clock_s: float = 1.5
     lapses: int = 0  # wormholes that lose their keys, or whose lease ends: each counts in f
     byzantine: bool = False  # f machines (less the lapses) are taken over from the beginning
+    attacks: tuple[str, ...] = ()  # of whoever is taken; empty: the seed chooses
     replacements: int = 0  # machines replaced by reconfiguration, one after the other
     staged: bool = False  # replacements go by stages: RETIRE, freeze, EPOCH-END vote, exporter of the old disk
     reshapes: int = 0  # reconfigurations to other parameters, or the other algorithm
@@ -62,6 +63,7 @@ PROFILES: dict[str, Profile] = {
         weather=STORM, crashes=0.2, partitions=0.1, byzantine=True, replacements=3, mobile=True, trouble_s=18.0
     ),
     MIXED: Profile(),  # each seed draws its own: see `mixed`
+    PUPPETS: Profile(),  # the same, under the strongest adversary
 }
 
 
@@ -93,6 +95,8 @@ def mixed(rng: random.Random) -> Profile:
 
 
 def profile_of(name: str, rng: random.Random, changes: dict[str, object]) -> Profile:
-    """The profile of that name, with some fields changed; `rng` draws a mixed one."""
-    profile = mixed(rng) if name == MIXED else PROFILES[name]
+    """The profile of that name, with some fields changed; `rng` draws what a seed draws for itself."""
+    profile = mixed(rng) if name in (MIXED, PUPPETS) else PROFILES[name]
+    if name == PUPPETS:
+        profile = replace(profile, byzantine=True, attacks=("puppet",), lapses=0, clocks=0.0, operations=8, busy=4)
     return replace(profile, **changes)  # type: ignore[arg-type]  # names and types are checked where they come in

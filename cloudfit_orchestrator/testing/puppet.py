@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from cloudfit_orchestrator.bft.batch import make_batch
+from cloudfit_orchestrator.bft.batch import bundle_body, make_batch
 from cloudfit_orchestrator.bft.effects import Certify, Effect
 from cloudfit_orchestrator.bft.messages import NOOP, Named, StatementMessage, encode
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
@@ -89,13 +89,16 @@ class Puppet:
         stream = judge.streams[machine.identity.replica]
         if stream.ended is not None or stream.waiting:
             return  # nothing that follows would count; or it cannot be judged yet
-        if self._rng.random() < self._malice:
+        lies = self._rng.random() < self._malice
+        if lies:
             said = self._lie(machine, judge, stream.state)
         else:
             move = self._rng.choices(self._moves, self._weights)[0]
             said = getattr(self, "_" + move)(machine, judge, stream.state)
         if said is not None:
             self._say(machine, *said)
+            if lies:
+                machine.world.look()
 
     def _say(self, machine: Machine, header: Header, payload: bytes = b"", batch: bytes = b"") -> None:
         try:
@@ -132,6 +135,11 @@ class Puppet:
         assert machine.replica is not None
         waiting = [w.data for w in machine.replica._at.pool.bundles()]  # noqa: SLF001
         batch = make_batch(self._rng.sample(waiting, min(len(waiting), 2))) if waiting else make_batch([b"none"])
+        if waiting and self._rng.random() < 0.15:  # in a client's name, which has not signed it
+            bundle, body = bundle_body(waiting[0])
+            requests = tuple(msgspec.structs.replace(r, operation=r.operation + b"!") for r in body.requests)
+            forged = encode(msgspec.structs.replace(body, requests=requests))
+            batch = make_batch([encode(msgspec.structs.replace(bundle, body=forged))])
         configuration = machine.configuration
         held = configuration.batches.all() if configuration is not None else []
         if held and self._rng.random() < 0.3:
@@ -253,23 +261,52 @@ class Puppet:
 
     # --------------------------------------------------------------------------------------------- what breaks a rule
     def _lie(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """One that fits the situation: it shall hurt whom no rule protects."""
         lies = [
-            self._lie_vote, self._lie_vote, self._lie_proposal, self._lie_stable, self._lie_stable, self._lie_view,
-            self._lie_view, self._lie_entry, self._lie_wedge,
+            self._lie_late_vote, self._lie_far_vote, self._lie_again, self._lie_proposal, self._lie_stable,
+            self._lie_stable, self._lie_view, self._lie_view, self._lie_entry, self._lie_wedge,
         ]  # fmt: skip
+        if state.v > state.e:
+            lies += [self._lie_late_vote] * 10
         return self._rng.choice(lies)(machine, judge, state)
 
-    def _lie_vote(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
-        """A vote in another view, after a VIEW-CHANGE, or beyond the window."""
-        found = self._proposals(judge, machine.identity.replica, lambda _: True)
-        if not found:
+    def _vote_for(self, judge: Configuration, found: list[Kept]) -> Any:
+        undecided = [k for k in found if judge.slots.decision(_end(k)) is None] or found
+        if not undecided:
             return None
-        kept = self._rng.choice(found)
-        del state
+        kept = self._rng.choice(undecided)
         return (Commit(judge.record.c, kept.header.g, (_entry(kept),)),)  # type: ignore[union-attr]
 
+    def _lie_late_vote(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A vote in a view that its VIEW-CHANGE has left, or that it never entered."""
+        left = state.v > state.e
+
+        def fits(header: Prepare | Skip) -> bool:
+            return header.g <= state.e if left else header.g != state.e
+
+        return self._vote_for(judge, self._proposals(judge, machine.identity.replica, fits))
+
+    def _lie_far_vote(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A vote beyond the window."""
+        far = state.h + judge.record.parameters.window
+
+        def fits(header: Prepare | Skip) -> bool:
+            return header.g == state.e and (header.s if isinstance(header, Prepare) else header.s2) > far
+
+        return self._vote_for(judge, self._proposals(judge, machine.identity.replica, fits))
+
+    def _lie_again(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A second proposal for a slot of its own."""
+        turn = proposers(judge.record, state.e, state.blacklist, state.retired)
+        me = machine.identity.replica
+        slots = [s for s in range(state.h + 1, state.p + 1) if turn[s % len(turn)] == me]
+        if not slots:
+            return None
+        digest, batch = self._batch(machine)
+        return Prepare(judge.record.c, state.e, self._rng.choice(slots), digest), b"", batch
+
     def _lie_proposal(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
-        """For a slot of another, a slot proposed already, beyond the window, in another view."""
+        """For a slot of another, beyond the window, or in another view."""
         digest, batch = self._batch(machine)
         window = judge.record.parameters.window
         slot = self._rng.randint(max(1, state.h - 1), state.h + window + 2)
@@ -324,6 +361,11 @@ class Puppet:
         assert machine.replica is not None
         newest = machine.replica._succession.successors.newest()  # noqa: SLF001
         return (Wedge(judge.record.c, newest[1]),) if newest is not None else None
+
+
+def _end(kept: Kept) -> int:
+    assert isinstance(kept.header, Prepare | Skip)
+    return kept.header.s if isinstance(kept.header, Prepare) else kept.header.s2
 
 
 def _entry(kept: Kept) -> Entry:

@@ -294,6 +294,10 @@ class Simulation:
         except AgreementError as error:
             raise FailedError("disagreement", f"of all that was certified: {error}") from error
 
+    def look(self) -> None:
+        """See `World`."""
+        self.checks.look()
+
     def watch(self, machine: Machine, effect: Effect) -> None:
         """See `World`."""
         self.checks.watch(machine, effect)
