@@ -9,12 +9,15 @@ JOBS := 2
 .DEFAULT_GOAL := help
 # One after the other: the linters before the tests, the quick tests before the machines.
 .NOTPARALLEL:
-.PHONY: help setup python demo test lint unit vm clean
+.PHONY: help setup python demo test lint unit vm openstack-lab openstack-lab-down test-openstack clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
 	@echo 'make test    linters, types, unit tests, simulation, tests on real machines'
 	@echo 'make lint | unit | vm    the parts of make test'
+	@echo 'make openstack-lab       two real OpenStack clouds on this machine (CLOUDS="lisbon passau scale", LAB=directory)'
+	@echo 'make openstack-lab-down  stop them'
+	@echo 'make test-openstack      tests against them'
 	@echo 'make setup   only install what is needed'
 	@echo 'make clean   remove .venv and caches'
 
@@ -40,6 +43,20 @@ unit: python
 
 vm: setup
 	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m 'vm or image'
+
+# Packages for it come by apt at the first time: minutes. `$(LAB_COMMAND) status` says what runs, `purge` removes it.
+CLOUDS := lisbon passau
+LAB := /var/lib/cloudfit-lab
+LAB_COMMAND = $(AS_ROOT) $(BIN)/python -m tests.openstack.lab --home $(LAB)
+
+openstack-lab: setup
+	$(LAB_COMMAND) --clouds $(CLOUDS) -- up
+
+openstack-lab-down: python
+	$(LAB_COMMAND) -- down
+
+test-openstack: openstack-lab
+	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m openstack
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -16,6 +16,7 @@ import pytest
 from openstack.connection import Connection
 
 from tests.openstack.lab import wiring
+from tests.openstack.lab.console import run
 from tests.openstack.lab.layout import DEFAULT_CLOUDS, DEFAULT_HOME, Lab
 from tests.openstack.lab.state import read_state
 from tests.vm.tiny_guest import tiny_image
@@ -179,6 +180,10 @@ def test_a_server_boots_takes_an_address_and_goes(lab: Lab, cloud: str) -> None:
         wait_for(lambda: greets(address, PORT), f"the host reaches {address}:{PORT}")
         assert not greets(address, CLOSED_PORT), "the security group does not filter"
         assert greets(address, PORT), "it was not the security group that kept the host out"
+        (port,) = operator.network.ports(device_id=server.id)
+        rules = [r for r in run(["iptables-save"]).splitlines() if f"tap{port.id[:11]}" in r]
+        assert rules
+        assert all(r.startswith(f"-A lb-{cloud}-") for r in rules), "another cloud's agent has rules for this port"
 
 
 def upload(operator: Connection, stack: contextlib.ExitStack) -> str:
@@ -187,15 +192,10 @@ def upload(operator: Connection, stack: contextlib.ExitStack) -> str:
 
     def create(name: str, kind: str, **properties: str) -> str:
         container = kind if kind in ("aki", "ari") else "bare"
-        image = operator.image.create_image(
-            f"lab-test-{name}",
-            filename=str(files / {"aki": "vmlinuz", "ari": "initramfs", "raw": "root.img"}[kind]),
-            disk_format=kind,
-            container_format=container,
-            wait=True,
-            timeout=int(TIMEOUT_S),
-            **properties,
-        )
+        with (files / {"aki": "vmlinuz", "ari": "initramfs", "raw": "root.img"}[kind]).open("rb") as data:
+            image = operator.image.create_image(
+                f"lab-test-{name}", data=data, disk_format=kind, container_format=container, **properties
+            )
         stack.callback(operator.image.delete_image, image)
         return image.id
 

@@ -1,4 +1,4 @@
-"""The lab's command: `python -m tests.openstack.lab up|down|purge|status`."""
+"""The lab's command: `python -m tests.openstack.lab [--clouds NAME…] -- up|down|purge|status`."""
 
 import argparse
 import contextlib

@@ -48,7 +48,7 @@ def wire_down(cloud: Cloud) -> None:
     links = _links()
     bridge = links.get(cloud.cloud_link, {}).get("master")
     for link in (bridge, cloud.host_link):
-        if link:
+        if link in links:
             run(["ip", "link", "del", link])
     for network in (cloud.home / "neutron/dhcp").glob("*/"):
         name = f"qdhcp-{network.name}"
