@@ -18,10 +18,13 @@ hashes, and cost us k/3 branches of them both.
 
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from hashlib import blake2s, sha256
-from typing import Any
+from typing import Any, TypeVar
 
+from cloudfit_orchestrator.model.errors import BadError
+
+_V = TypeVar("_V")
 Node = tuple[Any, ...]
 Change = tuple[int, bytes, bytes | None]  # what is left of the place; the key; its new value, or None: deleted
 
@@ -36,6 +39,7 @@ ENTRY_OVERHEAD = 8  # bytes of an entry in a chunk's encoding beside key and val
 _LEAF = b"cloudfit/state-leaf/v2\0"
 _BRANCH = b"cloudfit/state-branch/v2\0"
 _DIGIT = WIDTH - 1
+_BUCKET = (1 << BUCKET_BITS) - 1
 _LENGTHS = [struct.Struct(f">{1 + 2 * n}I") for n in range(LEAF_ENTRIES + 1)]
 
 
@@ -85,10 +89,24 @@ def updated(node: Node, changes: list[Change], depth: int = 0) -> Node:
     return _branch(tuple(fresh), sum(child[1] for child in fresh), sum(map(count, fresh)))
 
 
-def build(items: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> Node:
-    """The trie of entries that all belong to one bucket, each key once."""
-    pairs = items.items() if isinstance(items, Mapping) else items
-    return _built([(place(key) >> BUCKET_BITS, key, value) for key, value in pairs], 0)
+def placed(items: Iterable[tuple[bytes, _V]], bucket: int | None = None) -> list[tuple[int, bytes, _V]]:
+    """The entries with their ways below bucket `bucket` (without it: of the first one). Raises BadError for a key of
+    another bucket.
+    """
+    found = []
+    for key, value in items:
+        where = place(key)
+        if bucket is None:
+            bucket = where & _BUCKET
+        if where & _BUCKET != bucket:
+            raise BadError(f"chunk {bucket} holds key {key[:16].hex()}, which belongs to chunk {where & _BUCKET}")
+        found.append((where >> BUCKET_BITS, key, value))
+    return found
+
+
+def build(items: Iterable[tuple[bytes, bytes]], bucket: int | None = None) -> Node:
+    """The trie of entries, each key once. Raises as `placed` does."""
+    return _built(placed(items, bucket), 0)
 
 
 def count(node: Node) -> int:

@@ -122,7 +122,7 @@ class OldDisk:
         size, corrupt = 0, []
         for i in range(BUCKETS):
             try:
-                size += len(self.files.read(index, i))
+                size += self.files.look_at(index, i)
             except BadError:
                 corrupt.append(i)
         self.found |= {

@@ -9,6 +9,8 @@ from cloudfit_orchestrator.bft.messages import ChunkQuery, FetchBatches, StateQu
 from cloudfit_orchestrator.bft.store import BUCKETS, StateStore, root_of
 from cloudfit_orchestrator.bft.usig.messages import Fetch
 from cloudfit_orchestrator.guest.exporter import OldDisk
+from cloudfit_orchestrator.guest.segments import _CHECK, _HEADER, _PIECE_MAGIC
+from cloudfit_orchestrator.guest.segments import _MAGIC as _SEGMENT_MAGIC
 from cloudfit_orchestrator.guest.snapshots import _ENTRY, _HEAD, _INDEX_MAGIC, SnapshotFiles
 from cloudfit_orchestrator.guest.storage import DiskFailedError
 from cloudfit_orchestrator.guest.wal import _FRAME, _MAGIC, WriteAheadLog
@@ -63,27 +65,38 @@ def _entries(state: Path, choices: Choices) -> None:
 
 
 def _index(state: Path, choices: Choices) -> None:
-    """Raw bytes where an index and a pack are."""
+    """Raw bytes where an index and a segment are."""
     folder = state / "snapshots"
     folder.mkdir()
-    name = choices.pick(["index-1-1", "index-", "index-1-1.part", "pack-1", "pack-x", "index-99999999999999999999-1"])
+    name = choices.pick(
+        ["index-1-1", "index-", "index-1-1.part", "segment-1", "segment-x", "index-99999999999999999999-1"]
+    )
     (folder / name).write_bytes(choices.rest())
     _load(folder)
 
 
 def _places(state: Path, choices: Choices) -> None:
-    """A whole index whose chunks lie anywhere, and a hostile pack."""
+    """A whole index whose pieces lie anywhere, and segments with pieces that name each other."""
     folder = state / "snapshots"
     folder.mkdir()
     hashes = list(EMPTY.chunk_hashes)
-    places = [(choices.integer() % 4, choices.integer() % (1 << 64), choices.integer() % (1 << 32)) for _ in range(8)]
-    for _ in range(8):
+    heads = [(choices.integer() % 4) << 32 | choices.integer() % 256 for _ in range(8)]
+    for _ in heads:
         if choices.byte() & 1:
             hashes[choices.byte()] = sha256(choices.octets())
-    head = _HEAD.pack(_INDEX_MAGIC, choices.integer() % (1 << 64), choices.integer() % (1 << 64), root_of(hashes))
-    entries = b"".join(_ENTRY.pack(digest, *places[i % 8]) for i, digest in enumerate(hashes))
+    head = _HEAD.pack(
+        _INDEX_MAGIC, choices.integer() % (1 << 64), choices.integer() % (1 << 64), root_of(hashes), choices.byte()
+    )
+    entries = b"".join(_ENTRY.pack(digest, heads[i % 8]) for i, digest in enumerate(hashes))
     (folder / "index-1-1").write_bytes(head + entries + sha256(head, entries))
-    (folder / "pack-1").write_bytes(choices.rest())
+    pieces = b""
+    while choices:
+        body = choices.octets()
+        previous = (choices.integer() % 4) << 32 | choices.integer() % 256
+        rest = _HEADER.pack(choices.byte(), choices.byte(), choices.byte(), len(body), previous)
+        pieces += _CHECK.pack(_PIECE_MAGIC, zlib.crc32(rest + body)) + rest + body
+    for number in (1, 2):
+        (folder / f"segment-{number}").write_bytes(_SEGMENT_MAGIC + pieces)
     _load(folder)
 
 
@@ -112,8 +125,8 @@ def _export(state: Path) -> None:
 
 
 def seeds() -> list[bytes]:
-    """A log with records, an index, a pack."""
+    """A log with records, an index, a segment."""
     record = b"\x94\x05\x01\x01\xc4\x00"
     check = zlib.crc32(record, zlib.crc32(bytes(8) + len(record).to_bytes(4, "big")))
     log = _MAGIC + bytes(8) + _FRAME.pack(len(record), check) + record
-    return [b"\0" + log, b"\0" + log[:-3], b"\1" + bytes(8) + b"\5" + record, b"\2\0CFindex1", b"\3" + bytes(range(64))]
+    return [b"\0" + log, b"\0" + log[:-3], b"\1" + bytes(8) + b"\5" + record, b"\2\0CFindex2", b"\3" + bytes(range(64))]

@@ -63,14 +63,15 @@ def test_an_older_state_is_served_by_its_root(state):
     assert index.slot == 64
 
 
-def test_a_corrupt_chunk_is_named_and_sent_as_it_lies(state):
+@pytest.mark.parametrize("where", [0, -1])  # a length, a value
+def test_a_corrupt_chunk_is_named_and_sent_as_it_lies(state, where):
     path, snapshot = state
     files = SnapshotFiles(path / "snapshots", read_only=True)
     bad = bucket_of(b"key 5")
-    pack, place = files.pack_of(files.indexes[1, 128], bad)
-    data = bytearray(pack.read_bytes())
-    data[place.offset] ^= 1
-    pack.write_bytes(data)
+    segment, offset, length = files.piece_of(files.indexes[1, 128], bad)
+    data = bytearray(segment.read_bytes())
+    data[offset + where % length] ^= 1
+    segment.write_bytes(data)
     disk = OldDisk.read(path, "r1")
     assert disk.found["corrupt"] == [bad]
     (chunk,) = disk.answer(ChunkQuery(snapshot.root, (bad,)))
@@ -79,13 +80,13 @@ def test_a_corrupt_chunk_is_named_and_sent_as_it_lies(state):
     assert chunk_hash(chunk.data) != snapshot.chunk_hashes[bad]
 
 
-def test_an_unreadable_pack_is_missing_chunks(state):
+def test_an_unreadable_segment_is_missing_chunks(state):
     path, snapshot = state
-    for pack in (path / "snapshots").glob("pack-*"):
-        pack.unlink()
-        os.mkfifo(pack)
+    for segment in (path / "snapshots").glob("segment-*"):
+        segment.unlink()
+        os.mkfifo(segment)
     disk = OldDisk.read(path, "r1")
-    assert len(disk.found["corrupt"]) == BUCKETS
+    assert disk.found["corrupt"] == [i for i in range(BUCKETS) if snapshot.chunk(i)]
     (chunk,) = disk.answer(ChunkQuery(snapshot.root, (3,)))
     assert chunk == Chunk(snapshot.root, 3, b"", missing=True)
 
