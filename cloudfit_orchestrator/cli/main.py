@@ -26,6 +26,7 @@ from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.apply import active_record, apply
 from cloudfit_orchestrator.controller.demo import Demo, print_summary
 from cloudfit_orchestrator.controller.destroy import destroy
+from cloudfit_orchestrator.controller.disks import disks
 from cloudfit_orchestrator.controller.doctor import examine
 from cloudfit_orchestrator.controller.home import Home, default_home
 from cloudfit_orchestrator.controller.local import agent_command, agents_of_home
@@ -131,17 +132,24 @@ def group_show(session: Session, name: str, form: str) -> None:
         wanted = spec_file.from_json(row.spec)
         record = active_record(context, name) if context.store.active(name) else None
         seen = look(context, wanted, record)
+        disk = disks(context, wanted)
     if form == "json":
         facts = {"group": name, "state": row.state.value, "c": record.c if record else None, "f": wanted.f}
-        print_json({**facts, "not_tolerated": wanted.not_tolerated, "members": [asdict(s) for s in seen]})
+        print_json(
+            {
+                **facts,
+                "not_tolerated": wanted.not_tolerated,
+                "members": [{**asdict(s), "disk": disk.get((s.replica, s.incarnation), "ok")} for s in seen],
+            }
+        )
         return
     click.echo(
         f"group {name}: {row.state.value}, configuration {record.c if record else '-'}, f={wanted.f}, k={wanted.k}"
     )
-    headings = ["replica", "role", "cloud", "address", "machine", "reachable", "verified", "epoch", "frames"]
+    headings = ["replica", "role", "cloud", "address", "machine", "reachable", "verified", "epoch", "disk", "frames"]
     cells = [
         [f"{s.replica}#{s.incarnation}", s.role, s.cloud, s.address, s.machine, s.reachable, s.verified, s.epoch,
-         sum(s.counters.values())]
+         disk.get((s.replica, s.incarnation), "ok"), sum(s.counters.values())]
         for s in seen
     ]  # fmt: skip
     print_table(headings, cells)

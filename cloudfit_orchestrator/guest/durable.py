@@ -22,6 +22,7 @@ from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError, 
 from cloudfit_orchestrator.guest.wal import WriteAheadLog
 
 MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: take no more input
+MAX_WAITING_SIGNS = 4096  # statements behind records that are not durable; a full disk may last for days
 MAX_WAITING_SAVES = 4  # snapshots not on disk yet; the oldest gives way, it is never answered
 FULL_RETRY_S = 1.0
 QUICK_SYNC_S = 0.0005  # two switches between threads of a busy interpreter take about that, or much longer
@@ -55,6 +56,7 @@ class Durable:
         self._full: set[str] = set()
         self.failed = False
         self.syncs = 0  # rounds that wrote
+        self.lost = 0  # actions that found no place to wait
         self._queue: deque[bytes | Rewrite | Action] = deque()
         self._waiting_bytes = 0
         self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
@@ -77,8 +79,13 @@ class Durable:
         self._queue.append(effect.record if isinstance(effect, Append) else effect)
         self._start()
 
-    def after(self, action: Action) -> None:
-        """Carry `action` out once everything written before it is durable; at once if it is."""
+    def after(self, action: Action, *, may_be_lost: bool = False) -> None:
+        """Carry `action` out once everything written before it is durable; at once if it is. One that `may_be_lost`
+        is, where too much waits.
+        """
+        if may_be_lost and len(self._queue) >= MAX_WAITING_SIGNS:
+            self.lost += 1
+            return
         if not self._queue and self._log_task is None and not self._scheduled and not self.failed:
             action()
         else:
@@ -213,9 +220,9 @@ class Durable:
             try:
                 await asyncio.get_running_loop().run_in_executor(thread, work)
             except DiskFullError as error:
-                if what not in self._full:
-                    self._full.add(what)
+                if not self._full:
                     self._trouble("full", str(error))
+                self._full.add(what)
                 await asyncio.sleep(FULL_RETRY_S)
                 if what == "snapshots" and any(isinstance(job, DropSnapshots) for job in self._jobs):
                     return False  # dropping makes room, and the core will make another snapshot
@@ -223,8 +230,8 @@ class Durable:
                 self.failed = True
                 self._trouble("failed", str(error))
             else:
-                if what in self._full:
-                    self._full.discard(what)
+                if self._full == {what}:
                     self._trouble("ok", f"there is room for the {what} again")
+                self._full.discard(what)
                 return True
         return False

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -49,8 +50,10 @@ class Machine:
 
 
 def log(event: str, **fields: object) -> None:
-    """One JSON line on stderr (the console's log file)."""
-    print(json.dumps({"t": round(time.time(), 3), "event": event, **fields}, default=str), file=sys.stderr, flush=True)
+    """One JSON line on stderr (the console's log file), which may take no more: that must not stop a replica."""
+    line = json.dumps({"t": round(time.time(), 3), "event": event, **fields}, default=str)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def run(program: Callable[[Machine], Coroutine[Any, Any, None]]) -> int:

@@ -215,17 +215,25 @@ class Runtime:
     async def _open_disk(self, greeter: Greeter) -> Durable:
         """The state disk; while it cannot be used the machine says so to the controller, and stays silent otherwise."""
         said = ""
+
+        async def say(state: str, fact: str) -> None:
+            self._log("disk", state=state, fact=fact)
+            await greeter.welcome()
+            body = json.dumps({"topic": "storage", "state": state, "fact": fact}).encode()
+            await asyncio.gather(greeter.channel.request(FrameKind.REPORT, body), return_exceptions=True)
+
         while True:
             try:
-                return await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
+                durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
             except (DiskFullError, DiskFailedError) as error:
                 if str(error) != said:
                     said = str(error)
-                    self._log("disk", state="unusable", fact=said)
-                    await greeter.welcome()
-                    body = json.dumps({"topic": "storage", "state": "unusable", "fact": said}).encode()
-                    await asyncio.gather(greeter.channel.request(FrameKind.REPORT, body), return_exceptions=True)
-            await asyncio.sleep(DISK_RETRY_S)
+                    await say("unusable", said)
+                await asyncio.sleep(DISK_RETRY_S)
+                continue
+            if said:
+                await say("ok", "the state disk can be used again")
+            return durable
 
     # --------------------------------------------------------------------------------------------------- into the core
     def call(self, method: Callable[..., None], *args: object) -> None:
@@ -306,7 +314,7 @@ class Runtime:
             case Certify():
                 self.durable.after(lambda: self.certifier.certify(effect))
             case Sign():
-                self.durable.after(lambda: self.certifier.sign(effect))
+                self.durable.after(lambda: self.certifier.sign(effect), may_be_lost=True)
             case EndEpoch():
                 self.durable.after(lambda: self.certifier.end_epoch(effect))
             case Send():
