@@ -252,7 +252,10 @@ class Puppet:
     def _commit_view(
         self, machine: Machine, judge: Configuration, state: StreamState, *, any_view: bool = False
     ) -> Any:
-        for g, view in sorted(judge.new_views.items(), reverse=True):
+        views = sorted(judge.new_views.items(), reverse=True)
+        if any_view:
+            self._rng.shuffle(views)
+        for g, view in views:
             message, header = view.message, view.header
             fits = header.h <= state.h and header.s_max <= state.h + judge.record.parameters.window
             if message.replica != machine.identity.replica and (any_view or (fits and g > state.e and g >= state.v)):
@@ -329,14 +332,17 @@ class Puppet:
 
     def _lie_view(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         """A NEW-VIEW that does not follow, one of a view that it does not lead, a COMMIT of one out of turn, a
-        VIEW-CHANGE that nobody asked for.
+        VIEW-CHANGE that nobody asked for, or that is its second.
         """
-        kind = self._rng.randrange(4)
+        kind = self._rng.randrange(5)
         me, c = machine.identity.replica, judge.record.c
         if kind == 0:
             return self._commit_view(machine, judge, state, any_view=True)
         if kind == 1:
             return (ViewChange(c, max(state.v, state.e) + 1, (Req(me, 1 << 40, bytes(SIGNATURE_BYTES)),), ()),)
+        if kind == 4:  # for a view that it has asked for already: another log under the old name
+            asked = [k.header for k in judge.streams[me].kept.values() if isinstance(k.header, ViewChange)]
+            return (self._rng.choice(asked),) if asked else None
         g = max(state.v, 1) if state.v < 1 << 60 else 1
         while leader(judge.record, g) != me and kind == 2:
             g += 1
