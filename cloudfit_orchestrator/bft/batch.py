@@ -58,6 +58,7 @@ class BundleChecker:
     """Verifies bundles against one configuration; remembers those seen, as each comes from a client and in a batch."""
 
     MAX_SEEN = 4096  # bundles: a few hundred slots' worth
+    MAX_SEEN_BYTES = 16 << 20  # of them together
 
     def __init__(self, record: ConfigRecord, verifier: Verifier) -> None:
         """`record` names the admitted clients."""
@@ -65,6 +66,7 @@ class BundleChecker:
         self._verifier = verifier
         self._keys = {client.key for client in record.clients}
         self._seen: dict[bytes, BundleBody] = {}
+        self._seen_bytes = 0
 
     def check(self, data: bytes) -> BundleBody:
         """The body of an encoded bundle whose client is admitted and whose signature holds. Raises BadError."""
@@ -82,8 +84,10 @@ class BundleChecker:
             raise BadError("bundle's request numbers do not increase from 1")
         if not self._verifier.verify(body.client, bundle_bytes(bundle.body), bundle.signature):
             raise BadError(f"bundle of client {body.client[:8].hex()}… has a wrong signature")
-        if len(self._seen) >= self.MAX_SEEN:
+        self._seen_bytes += len(data)
+        if len(self._seen) >= self.MAX_SEEN or self._seen_bytes > self.MAX_SEEN_BYTES:
             self._seen.clear()
+            self._seen_bytes = len(data)
         self._seen[name] = body
         return body
 

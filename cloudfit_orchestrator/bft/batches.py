@@ -20,22 +20,27 @@ class Batches:
         self.checker = checker
         self._max_loose = max_loose
         self._held: dict[bytes, _Held] = {}
+        self._loose: dict[bytes, None] = {}  # those that no proposal names yet, oldest first
 
     def add(self, digest: bytes, data: bytes) -> bool:
         """Hold a batch whose digest the caller computed. False if it is held already."""
         if digest in self._held:
             return False
-        loose = [d for d, held in self._held.items() if held.slot < 0]
-        if len(loose) >= self._max_loose:
-            del self._held[loose[0]]
+        if len(self._loose) >= self._max_loose:
+            oldest = next(iter(self._loose))
+            del self._loose[oldest], self._held[oldest]
         self._held[digest] = _Held(data, self.checker.valid(data), -1)
+        self._loose[digest] = None
         return True
 
-    def name(self, digest: bytes, slot: int) -> None:
-        """A proposal names the batch for `slot`."""
+    def name(self, digest: bytes, slot: int) -> bool:
+        """A proposal names the batch for `slot`. False if it is not held."""
         held = self._held.get(digest)
-        if held is not None:
-            held.slot = max(held.slot, slot)
+        if held is None:
+            return False
+        held.slot = max(held.slot, slot)
+        self._loose.pop(digest, None)
+        return True
 
     def data(self, digest: bytes) -> bytes | None:
         """The batch, or None."""

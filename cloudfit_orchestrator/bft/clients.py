@@ -53,7 +53,8 @@ class ClientWindow:
         """Numbers up to `low` are refused; `high` is the highest executed."""
         self._store = store
         self._client = client
-        self.low, self.high, self._bytes = _WINDOW.unpack(store.get(_window_key(client)) or bytes(_WINDOW.size))
+        row: tuple[int, int, int] = _WINDOW.unpack(store.get(_window_key(client)) or bytes(_WINDOW.size))
+        self.low, self.high, self._bytes = row
         self._read: dict[int, _Page] = {}
         self._changed: set[int] = set()
 

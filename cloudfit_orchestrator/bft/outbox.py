@@ -21,10 +21,10 @@ class Outbox:
         self.log_size = 0
         self.counters: dict[str, int] = {}
         self._effects: list[Effect] = []
-        self._awaited: dict[bool, dict[int, Callable[[bytes], None]]] = {True: {}, False: {}}  # replies, others
+        self._awaited: dict[bool, dict[int, tuple[Kind, Callable[[bytes], None]]]] = {True: {}, False: {}}  # replies?
         self._token = 0
         self._due: dict[str, float] = {}
-        self._blamed: dict[str, str] = {}
+        self._blamed: set[tuple[str, str]] = set()  # (replica, kind): members, and rules that can be broken
 
     def drain(self) -> list[Effect]:
         """The effects since the last time."""
@@ -61,15 +61,17 @@ class Outbox:
         if len(awaited) >= (MAX_REPLY_SIGNS if reply else MAX_OTHER_SIGNS):
             del awaited[next(iter(awaited))]
         self._token += 1
-        awaited[self._token] = then
+        awaited[self._token] = kind, then
         self._effects.append(Sign(c, kind, body, self._token))
 
-    def signed(self, token: int, signature: bytes) -> None:
-        """A signature arrived."""
+    def signed(self, token: int, signature: bytes) -> Kind | None:
+        """A signature arrived. Of what kind of statement; None if nobody waits for it."""
         for awaited in self._awaited.values():
-            then = awaited.pop(token, None)
-            if then is not None:
+            if token in awaited:
+                kind, then = awaited.pop(token)
                 then(signature)
+                return kind
+        return None
 
     def forget_signs(self) -> None:
         """What is awaited belongs to an epoch that is over."""
@@ -86,8 +88,8 @@ class Outbox:
 
     def blame(self, replica: str, kind: str, slot: int = 0) -> None:
         """`replica` lied or is wrong, provably; told once a kind."""
-        if self._blamed.get(replica) != kind:
-            self._blamed[replica] = kind
+        if (replica, kind) not in self._blamed:
+            self._blamed.add((replica, kind))
             self.count(f"lies_{replica}")
             self.report("liar", {"replica": replica, "kind": kind, "slot": slot})
 

@@ -8,6 +8,7 @@ from cloudfit_orchestrator.model.signing import sha256
 MAX_BUNDLES = 4096
 MAX_BYTES = 64 << 20
 MAX_OF_CLIENT = 512  # bundles of one client: it cannot crowd out the others
+MAX_BYTES_OF_CLIENT = 8 << 20  # nor by few and large ones
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class Pool:
     def __init__(self) -> None:
         self._bundles: dict[bytes, Waiting] = {}
         self._fresh: dict[bytes, Waiting] = {}  # those not proposed by this replica in the current view
-        self._of_client: dict[bytes, int] = {}
+        self._of_client: dict[bytes, tuple[int, int]] = {}  # client -> bundles, bytes
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -37,11 +38,13 @@ class Pool:
         name = sha256(data)
         if name in self._bundles:
             return True
-        mine = self._of_client.get(body.client, 0)
-        if len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES or mine >= MAX_OF_CLIENT:
+        count, size = self._of_client.get(body.client, (0, 0))
+        if count >= MAX_OF_CLIENT or size + len(data) > MAX_BYTES_OF_CLIENT:
+            return False
+        if len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES:
             return False
         self._bundles[name] = self._fresh[name] = Waiting(data, body, now_s)
-        self._of_client[body.client] = mine + 1
+        self._of_client[body.client] = count + 1, size + len(data)
         self._bytes += len(data)
         return True
 
@@ -52,11 +55,9 @@ class Pool:
         self._fresh.pop(name, None)
         if waiting is not None:
             self._bytes -= len(data)
-            left = self._of_client[waiting.body.client] - 1
-            if left:
-                self._of_client[waiting.body.client] = left
-            else:
-                del self._of_client[waiting.body.client]
+            count, size = self._of_client.pop(waiting.body.client)
+            if count > 1:
+                self._of_client[waiting.body.client] = count - 1, size - len(data)
 
     def take(self, max_requests: int, max_bytes: int) -> list[bytes]:
         """Bundles for the next batch, oldest first; they are marked as proposed."""

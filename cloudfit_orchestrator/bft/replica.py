@@ -89,6 +89,7 @@ class Replica:
         self._catchup = CatchUp(self._at, self._out)
         self._succession = Succession(self._at, self._out)
         self._ready_c = 0
+        self._news = False  # something came in that is not processed yet
         self._at.execution.snapshots.update(snapshots or {})
         self._at.saved = set(self._at.execution.snapshots)
         self._restore(log)
@@ -105,7 +106,9 @@ class Replica:
         return ordering.record.c if ordering is not None and ordering.needs_session else None
 
     def effects(self) -> list[Effect]:
-        """Drain; the caller carries them out in order."""
+        """Drain; the caller carries them out in order. What came in since the last time is processed together."""
+        if self._news:
+            self._pump()
         return self._out.drain()
 
     # ------------------------------------------------------------------------------------------------------- restore
@@ -162,7 +165,7 @@ class Replica:
         except BadError as error:
             self._out.count("bad_record")
             self._out.report("bad_record", {"error": str(error)})
-        self._pump()
+        self._news = True
 
     def _take_record(self, envelope: bytes) -> None:
         record = open_record(envelope, self._at.controllers)
@@ -236,13 +239,13 @@ class Replica:
         ordering = self._at.ordering
         if ordering is not None and self._at.member and c == self._at.c:
             ordering.session(next_cv, recent)
-            self._pump()
+            self._news = True
 
     def certified(self, c: int, cv: int, certificate: bytes) -> None:
         """A UI arrived."""
         if self._at.ordering is not None and c == self._at.c:
             self._at.ordering.certified(cv, certificate)
-            self._pump()
+            self._news = True
 
     def refused(self, c: int, code: ErrorCode) -> None:
         """The wormhole refused a UI, a session or an end of epoch c."""
@@ -255,11 +258,12 @@ class Replica:
         if ordering is not None and self._at.member and end.c == self._at.c:
             ordering.close(end)
             self._out.report("wedged", {"c": end.c, "base": end.c})
-        self._pump()
+        self._news = True
 
     # ---------------------------------------------------------------------------------------------------------- pump
     def _pump(self) -> None:
         """Process, execute, speak."""
+        self._news = False
         ordering = self._at.ordering
         if ordering is None:
             self._succession.confirm_first()
@@ -303,7 +307,7 @@ class Replica:
     def saved(self, c: int, slot: int) -> None:
         """A snapshot is durable."""
         self._at.saved.add((c, slot))
-        self._pump()
+        self._news = True
         collect(self._at, self._succession.successors, self._out)
 
     def _sign_checkpoint(self, slot: int) -> None:
@@ -329,7 +333,7 @@ class Replica:
         ordering = self._at.ordering
         if ordering is not None and not self._catchup.answer(peer, message):
             self._take(peer, ordering, message)
-            self._pump()
+            self._news = True
 
     def _take(self, peer: str, ordering: Ordering, message: Frozen) -> None:
         c = ordering.record.c
@@ -384,12 +388,12 @@ class Replica:
     def from_client(self, client: bytes, body: bytes) -> None:
         """A frame from an authenticated client."""
         self._desk.take(body, client)
-        self._pump()
+        self._news = True
 
     def signed(self, token: int, signature: bytes) -> None:
         """The KSS signed a statement."""
-        self._out.signed(token, signature)
-        self._pump()
+        if self._out.signed(token, signature) is not Kind.REPLY:  # a reply is on its way, and nothing follows from it
+            self._news = True
 
     def tick(self, now_s: float) -> None:
         """Time passes. Safety never depends on it."""
@@ -436,7 +440,7 @@ class Replica:
         except (BadError, KeyError, TypeError, ValueError) as error:
             self._out.count("bad_command")
             self._out.report("bad_command", {"error": f"{type(error).__name__}: {error}"})
-        self._pump()
+        self._news = True
 
     def _obey(self, body: dict[str, Any]) -> None:
         match body.get("op"):

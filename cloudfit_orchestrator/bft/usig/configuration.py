@@ -78,6 +78,7 @@ class Configuration:
         self.standing: dict[int, tuple[int, bytes]] = {}  # (counter, digest) of the NEW-VIEW that stands, by view
         self.entered: set[int] = {0}  # views that some stream, known to stand, has entered
         self.named: dict[bytes, int] = {}  # batches that standing proposals name -> highest slot
+        self._lacking: set[bytes] = set()  # those of them that were not held when they were named
         self.wanted = Wanted()
         self.votes = LogVotes(record, self.streams, self.wanted, controller_keys)
         self.citations = Citations(
@@ -258,9 +259,9 @@ class Configuration:
                 while self._step(stream, done):
                     moved = True
         self.citations.settle()
-        for digest in self.named:
-            if self.batches.valid(digest) is None:
-                self.wanted.batches.add(digest)
+        if self._lacking:
+            self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
+            self.wanted.batches |= self._lacking
         self._merge_wants |= self.wanted.batches
         return done
 
@@ -354,7 +355,8 @@ class Configuration:
     def _name(self, digest: bytes, s: int) -> None:
         if digest != NOOP and s > self.slots.floor:
             self.named[digest] = max(s, self.named.get(digest, 0))
-            self.batches.name(digest, s)
+            if not self.batches.name(digest, s):
+                self._lacking.add(digest)
 
     def _keep_view(self, message: StreamMessage, header: NewView) -> None:
         choices = decode_merge(message.payload).choices

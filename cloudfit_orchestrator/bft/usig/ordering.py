@@ -225,6 +225,8 @@ class UsigOrdering(Ordering):
         known = end.c != self.record.c or end.replica in self.configuration.votes.epoch_ends
         if not known and self.configuration.offer_end(end):
             self._out.journal(LogEnd(recall.end_message(end)))
+        elif not known:
+            self._out.count("bad_end")
 
     def restore(self, entry: Frozen) -> None:
         """See `Ordering`."""

@@ -6,6 +6,8 @@ from cloudfit_orchestrator.bft.ordering import AgreementError
 from cloudfit_orchestrator.bft.usig.merge import Proposal
 from cloudfit_orchestrator.bft.usig.messages import Choice
 
+MAX_VIEWS = 64  # whose votes are counted: a group that changes views on and on needs the newest
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -23,6 +25,7 @@ class Slots:
         self._quorum = commit_quorum
         self._slots: dict[int, _Slot] = {}
         self._views: dict[int, set[str]] = {}
+        self._tops: dict[int, int] = {}  # by view: the highest slot with a proposal
         self.highest = floor  # highest slot with a proposal
         self.highest_decided = floor
 
@@ -32,6 +35,7 @@ class Slots:
             return
         slot = self._slots.setdefault(proposal.s, _Slot())
         slot.proposals[proposal.g] = proposal
+        self._tops[proposal.g] = max(proposal.s, self._tops.get(proposal.g, 0))
         self.highest = max(self.highest, proposal.s)
         self.vote(proposal, proposal.proposer)
 
@@ -47,6 +51,8 @@ class Slots:
 
     def vote_view(self, g: int, voter: str, choices: tuple[Choice, ...]) -> None:
         """NEW-VIEW(g) or COMMIT(NEW-VIEW) of it: one vote for all slots of S."""
+        if g not in self._views and len(self._views) >= MAX_VIEWS:
+            del self._views[min(self._views)]
         voters = self._views.setdefault(g, set())
         voters.add(voter)
         if len(voters) >= self._quorum:
@@ -68,10 +74,10 @@ class Slots:
         slot = self._slots.get(s)
         return slot.decided if slot else None
 
-    def proposals(self, g: int) -> list[Proposal]:
-        """All standing proposals of view g above the floor, in slot order."""
-        found = (slot.proposals.get(g) for _, slot in sorted(self._slots.items()))
-        return [proposal for proposal in found if proposal is not None]
+    def top(self, g: int) -> int:
+        """The highest slot above the floor with a standing proposal of view g; 0 if there is none."""
+        top = self._tops.get(g, 0)
+        return top if top > self.floor else 0
 
     def decisions(self) -> list[tuple[int, bytes]]:
         """All decided slots above the floor, in order."""
@@ -79,8 +85,13 @@ class Slots:
 
     def settle(self, floor: int) -> None:
         """Slots up to `floor` are executed or covered by a checkpoint: forget them."""
+        if floor - self.floor < len(self._slots):
+            for s in range(self.floor + 1, floor + 1):
+                self._slots.pop(s, None)
+        else:
+            self._slots = {s: slot for s, slot in self._slots.items() if s > floor}
+        if len(self._tops) > 1:
+            self._tops = {g: top for g, top in self._tops.items() if top > floor}
         self.floor = max(self.floor, floor)
-        for s in [s for s in self._slots if s <= self.floor]:
-            del self._slots[s]
         self.highest = max(self.highest, self.floor)
         self.highest_decided = max(self.highest_decided, self.floor)

@@ -270,8 +270,7 @@ class Voice:
         """Propose no-ops for own slots below the highest proposal of the view, so that nobody waits for them."""
         if not self.room or not self.active:
             return
-        proposals = self._configuration.slots.proposals(self.tail.e)
-        top = min(proposals[-1].s if proposals else 0, self.tail.h + self._record.parameters.window)
+        top = min(self._configuration.slots.top(self.tail.e), self.tail.h + self._record.parameters.window)
         first = self._next_own()
         if first is None or first >= top:
             return

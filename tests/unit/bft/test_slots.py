@@ -63,11 +63,13 @@ def test_settled_slots_are_forgotten_and_stay_so() -> None:
     assert slots.floor == 2
 
 
-def test_proposals_of_a_view_come_in_slot_order() -> None:
+def test_the_top_of_a_view_is_its_highest_proposal() -> None:
     slots = Slots(0, 2)
     three, one = Proposal(0, 3, "r0", 1, A), Proposal(0, 1, "r1", 1, B)
     slots.propose(three)
     slots.propose(one)
     slots.propose(Proposal(1, 2, "r2", 1, B))
-    assert slots.proposals(0) == [one, three]
+    assert [slots.top(g) for g in (0, 1, 2)] == [3, 2, 0]
     assert slots.highest == 3
+    slots.settle(2)
+    assert [slots.top(g) for g in (0, 1)] == [3, 0]
