@@ -242,7 +242,7 @@ class Runtime:
             return
         try:
             now_s = self._loop.time()
-            if now_s > self._ticked_s + TICK_S / 8:
+            if now_s > self._ticked_s + TICK_S:
                 self._ticked_s = now_s
                 self.replica.tick(now_s)
             method(*args)

@@ -51,7 +51,7 @@ class Parameters:
     checkpoint_period: int = 64  # K, slots
     window: int = 256  # L >= K, slots; 4K
     max_batch_requests: int = 1024
-    max_batch_bytes: int = 1 << 20
+    max_batch_bytes: int = 256 << 10  # a window of the largest is 64 MiB, which a small machine's disk and memory hold
     client_window: int = 4096  # W: request numbers per client whose replies are kept
     progress_timeout_ms: int = 2000  # before a view change is asked for; liveness only, doubles while nothing moves
 
