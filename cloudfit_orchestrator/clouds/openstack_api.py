@@ -224,8 +224,8 @@ class Api:
             page = document.get(key)
             if not isinstance(page, list):
                 raise TemporaryError(f"{tried}: the answer of {self.name} holds no {key}")
-            found += [o for o in page if isinstance(o, dict) and o.get("id") not in seen]
-            seen |= {str(o.get("id")) for o in page if isinstance(o, dict)}
+            found += [o for o in page if isinstance(o, dict) and (o.get("id") not in seen)]
+            seen |= {str(o["id"]) for o in page if isinstance(o, dict) and "id" in o}
             following = _next(document, key)
             if following is None or not page:
                 return found

@@ -70,9 +70,8 @@ class Volumes:
         self, owner: Ownership, kind: str, how: Mapping[str, Any], more: Mapping[str, str], *, attached: bool = False
     ) -> dict[str, Any]:
         tried = f"make the {kind} volume of {owner.name}"
-        zone = {"availability_zone": self._zone} if self._zone and kind == STATE else {}
         body = {
-            "volume": {**how, **zone, "name": owner.name, "metadata": metadata(owner, kind=kind, **more)},
+            "volume": {**how, **(self._place() if kind == STATE else {}), "name": owner.name, "metadata": metadata(owner, kind=kind, **more)},
         }
 
         def there() -> list[dict[str, Any]]:
@@ -99,6 +98,14 @@ class Volumes:
             return volume
 
         return self._api.until(tried, step, VOLUME_TIMEOUT_S)
+
+    def _place(self) -> dict[str, str]:
+        """The server's zone, if Cinder has one of that name: its zones need not be Nova's."""
+        if not self._zone:
+            return {}
+        tried = "list Cinder's availability zones"
+        zones = self._api.list("volume", "/os-availability-zone", "availabilityZoneInfo", tried)
+        return {"availability_zone": self._zone} if self._zone in {z.get("zoneName") for z in zones} else {}
 
     def _messages(self, volume: str) -> str:
         """What Cinder tells its users of a failure; it needs API version 3.3 and says nothing on older ones."""

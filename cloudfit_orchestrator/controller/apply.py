@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.configure import Configurer, Seat
 from cloudfit_orchestrator.controller.journal import GroupState, Operation
-from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch
+from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Agent, Context, Image, Progress
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
@@ -28,16 +28,6 @@ class Applied:
     changed: bool
     c: int
     members: tuple[Member, ...]
-
-
-def check_drivers(spec: GroupSpec) -> None:
-    """Raises PermanentError for a cloud whose driver is not there, before anything is touched."""
-    missing = [c.name for c in spec.clouds if c.driver not in ("libvirt", "process")]
-    if missing:
-        raise PermanentError(
-            f"group {spec.group}: clouds {', '.join(missing)} need the openstack driver, which is not there yet",
-            next_command="use libvirt or process clouds",
-        )
 
 
 def image_of(context: Context, spec: GroupSpec, replica: str, pinned: str = "") -> Image:
@@ -81,7 +71,6 @@ def draft_record(
 
 def apply(context: Context, spec: GroupSpec) -> Applied:
     """Make the group be as `spec` says. Raises RefusedError if it exists and differs."""
-    check_drivers(spec)
     text, known = spec_file.to_json(spec), context.journal.group(spec.group)
     if known is not None and known.spec != text:
         raise RefusedError(
@@ -103,6 +92,7 @@ def apply(context: Context, spec: GroupSpec) -> Applied:
     names = {replica: pin(image) for replica, image in images.items()}
     operation = context.journal.open_operation("apply", spec.group, "", {"images": names})
     launched = _launch_all(context, operation, spec, images)
+    let_in(context, spec)
     seats = [seat(found, agent) for found, agent in launched]
     configurer = Configurer(
         context,

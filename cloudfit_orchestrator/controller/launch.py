@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from cloudfit_orchestrator.clouds.base import DiskSnapshot, Machine, MachineSpec, NetworkSpec, Ownership, StateDisk
 from cloudfit_orchestrator.controller.agents import GuestRef
 from cloudfit_orchestrator.controller.journal import FIRST_HOST, MAX_HOSTS, MachineRow, MachineStage, Operation
+from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import (
     NETWORK_POOL,
     REPLICA_PORT,
@@ -22,7 +23,7 @@ from cloudfit_orchestrator.controller.ports import (
     Progress,
 )
 from cloudfit_orchestrator.model.envelope import key_id
-from cloudfit_orchestrator.model.errors import BadError, PermanentError
+from cloudfit_orchestrator.model.errors import BadError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.image import LaunchCertificate, Role, open_launch
 from cloudfit_orchestrator.model.signing import sha256
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
@@ -68,6 +69,11 @@ def network_spec(context: Context, cloud: CloudSpec, address: str = "") -> Netwo
     name = network_name(context, cloud.name)
     if cloud.driver == "process":
         return NetworkSpec(name, address or LOOPBACK, 8, LOOPBACK)
+    given = context.sites.cloud(cloud).given_network(name)
+    if given is not None:
+        cidr = str(ipaddress.IPv4Network(f"{given.address}/{given.prefix}"))
+        context.journal.plan_network(cloud.name, cidr, NETWORK_POOL, [])
+        return replace(given, address=address or given.address)
     taken = context.sites.taken_networks(cloud) if cloud.name not in context.journal.networks() else []
     network = ipaddress.IPv4Network(context.journal.plan_network(cloud.name, cloud.network, NETWORK_POOL, taken))
     gateway, first = (str(network.network_address + i) for i in (1, FIRST_HOST))
@@ -97,7 +103,7 @@ def launch(
 ) -> Launched:
     """Bring one machine up to admitted. Raises CloudfitError; running it again goes on."""
     cloud, role = spec.cloud_of(replica), image.manifest.role
-    row = context.journal.plan_machine(operation, replica, role.value, cloud.name, _placer(context, cloud))
+    row = _plan(context, operation, cloud, replica, role)
     machine = _create(context, operation, spec, row=row, image=image, attach=attach)
     context.check_cancelled()
     network = network_spec(context, cloud, row.host)
@@ -120,6 +126,39 @@ def launch(
     return Launched(
         replace(row, machine_id=machine.id, stage=MachineStage.CREATED), machine, certificate, launch_envelope
     )
+
+
+def _plan(context: Context, operation: Operation, cloud: CloudSpec, replica: str, role: Role) -> MachineRow:
+    """The planned machine. Where the cloud chooses addresses, it is asked before the plan is written."""
+    planned = any(
+        (m.operation, m.replica, m.role) == (operation.id, replica, role.value)
+        for m in context.journal.machines(operation.group, gone=True)
+    )
+    host = None
+    if not planned:
+        context.check_cancelled()
+        deployment, driver = context.journal.deployment, context.sites.cloud(cloud)
+        host = driver.reserve_address(deployment, operation.group, replica, role, operation.id)
+    place = (lambda _: (host, REPLICA_PORT)) if host else _placer(context, cloud)
+    return context.journal.plan_machine(operation, replica, role.value, cloud.name, place)
+
+
+def let_in(context: Context, spec: GroupSpec) -> None:
+    """Every cloud of the group lets in the group's machines, wherever they are, and clients; nobody else.
+
+    Called when machines have come or gone. A cloud that cannot be told now has the doors that it had.
+    """
+    rows = context.journal.machines(spec.group)
+    hosts = sorted({m.host for m in rows})
+    used = [c for c in spec.clouds if any(m.cloud == c.name for m in rows)]
+
+    def tell(cloud: CloudSpec) -> None:
+        try:
+            context.sites.cloud(cloud).admit(context.journal.deployment, spec.group, hosts, REPLICA_PORT)
+        except UnknownError as error:
+            context.report(Progress("network", "admit", f"{spec.group}/{cloud.name}", error.fact))
+
+    each(context, used, tell)
 
 
 def _create(

@@ -43,16 +43,17 @@ class LocalSites:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._lock = RLock()
-        self._clouds: dict[tuple[str, str], Cloud] = {}
+        self._clouds: dict[tuple[object, ...], Cloud] = {}
         self._agents: dict[str, AgentClient] = {}
         self._ssh: list[paramiko.SSHClient] = []
 
     def cloud(self, spec: CloudSpec) -> Cloud:
         """See `Sites`. Clouds on one hypervisor share a connection."""
-        key = (spec.driver, spec.uri)
+        key = (spec.driver, spec.uri, spec.openstack)
         with self._lock:
             if key not in self._clouds:
-                more = {"uri": spec.uri} if spec.driver == "libvirt" else {}
+                more: dict[str, Any] = {"uri": spec.uri} if spec.driver == "libvirt" else {}
+                more |= {"place": spec.openstack} if spec.openstack else {}
                 self._clouds[key] = driver(spec.driver)(home=self._home.root, **more)
             return self._clouds[key]
 

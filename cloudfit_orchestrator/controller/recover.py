@@ -15,7 +15,7 @@ from cloudfit_orchestrator.controller.agents import GuestRef, NoEpochError, NotA
 from cloudfit_orchestrator.controller.apply import active_record, draft_record, pin, seat
 from cloudfit_orchestrator.controller.configure import Configurer, Seat
 from cloudfit_orchestrator.controller.journal import Operation
-from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, ownership
+from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in, ownership
 from cloudfit_orchestrator.controller.parallel import each, watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.survey import known_to, survey
@@ -138,6 +138,7 @@ class _Recovery:
         self._x.sites.agent(self._cloud, start=True)
         new = self._new()
         self._own_agent().install(self._op.group, self._base_envelope)  # a fresh agent knows no configuration
+        let_in(self._x, self._spec)
         self._tell_members({"op": "learn", "peer": new.as_peer()})
         wait_source = not self._circumstances.lost
         body = {"op": "base", "envelope": _text(self._base_envelope), "wait_source": wait_source}
@@ -166,6 +167,7 @@ class _Recovery:
         exporter = launch(
             self._x, self._op, self._spec, replica=self._replica, image=image, agent=agent, attach=self._taken()
         )
+        let_in(self._x, self._spec)
         agent.command(self._ref(exporter), {"op": "learn", "peer": new.as_peer()})
         self._op.step(
             "source",
@@ -267,6 +269,7 @@ class _Recovery:
 
     def _clean(self) -> dict[str, Any]:
         self._remove(keep=self._new().row.incarnation)
+        let_in(self._x, self._spec)
         cloud, deployment = self._x.sites.cloud(self._cloud), self._x.journal.deployment
         kept = [s for s in cloud.snapshots(deployment) if s.owner.group == self._op.group]
         kept.sort(key=lambda s: s.taken_at)
@@ -284,6 +287,7 @@ class _Recovery:
         if new is not None:
             self._tell_members({"op": "forget", "peer_id": new.peer_id})
         self._remove(keep=self._old.incarnation)
+        let_in(self._x, self._spec)
         cloud = self._x.sites.cloud(self._cloud)
         for snapshot in cloud.snapshots(self._x.journal.deployment):
             if snapshot.owner.group == self._op.group and snapshot.operation == self._op.id:

@@ -17,7 +17,7 @@ from cloudfit_orchestrator.controller import yaml_nodes
 from cloudfit_orchestrator.controller.yaml_nodes import Document, Problem
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Algorithm, Parameters
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Recovery, Sizes
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, OpenStackPlace, Recovery, Sizes
 
 API_VERSION = "cloudfit/v1"
 _DURATION = re.compile(r"(\d{1,6})([smhd])")
@@ -44,6 +44,13 @@ def _cidr(value: Any) -> str:
     return str(network)
 
 
+def _any_cidr(value: Any) -> str:
+    try:
+        return str(ipaddress.IPv4Network(value))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"an IPv4 network is written 192.0.2.0/24: {error}") from error
+
+
 Duration = Annotated[
     int, BeforeValidator(_seconds, json_schema_input_type=Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")])
 ]
@@ -63,10 +70,26 @@ class _Process(_Strict):
     pass
 
 
+class _HostAgent(_Strict):
+    """The agent on an OpenStack cloud's compute host."""
+
+    socket: Annotated[str, StringConstraints(pattern=r"^/[^\s]{1,106}$")] = ""  # empty: started here by the controller
+    ssh: Annotated[str, StringConstraints(pattern=r"^([\w.-]+@)?[\w.-]+(:\d{1,5})?$")] = ""  # empty: this host
+    hypervisor: Annotated[str, StringConstraints(pattern=r"^(qemu|test)(\+unix)?:///[^\s]*$")] = "qemu:///system"
+
+
+_Label = Annotated[str, StringConstraints(pattern=r"^[^\s/][^/\n]{0,254}$")]
+
+
 class _OpenStack(_Strict):
-    cloud: str
-    flavor: str
-    network: str
+    cloud: _Label
+    flavor: _Label
+    network: _Label
+    region: Annotated[str, StringConstraints(max_length=255)] = ""
+    availability_zone: Annotated[str, StringConstraints(max_length=255)] = ""
+    volume_type: Annotated[str, StringConstraints(max_length=255)] = ""
+    clients: Annotated[list[Annotated[str, BeforeValidator(_any_cidr)]], Field(max_length=64)] = []
+    agent: _HostAgent | None = None
 
 
 class _Agent(_Strict):
@@ -210,11 +233,14 @@ _MODELS: dict[str, type[BaseModel]] = {
     "openstack": _OpenStack,
     "agent": _Agent,
 }
+_HOST_AGENT_KEYS = ("openstack", "agent")
 
 
 def _known_keys(parent: yaml_nodes.Path) -> list[str]:
     if not parent:
         model: type[BaseModel] = SpecFile
+    elif parent[-2:] == _HOST_AGENT_KEYS:
+        model = _HostAgent
     elif isinstance(parent[-1], int):
         model = _Cloud
     else:
@@ -286,6 +312,8 @@ def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
         if cloud.libvirt and "+ssh://" in cloud.libvirt.uri and cloud.agent is None:
             hint = "add agent: {socket: /run/cloudfit/agent.sock}"
             wrong(("clouds", i), f"cloud {cloud.name!r} is remote: the controller cannot start its agent", hint)
+        if cloud.openstack:
+            _check_trust(i, cloud, wrong)
     nets = [
         (i, ipaddress.IPv4Network(c.libvirt.network)) for i, c in enumerate(clouds) if c.libvirt and c.libvirt.network
     ]
@@ -293,6 +321,22 @@ def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
         for j, other in nets[:at]:
             if net.overlaps(other):
                 wrong(("clouds", i, "libvirt", "network"), f"{net} overlaps the network of {clouds[j].name!r}")
+
+
+def _check_trust(i: int, cloud: _Cloud, wrong: Any) -> None:
+    """The algorithms that we have rest on a wormhole at the hypervisor, and that needs root on the compute hosts."""
+    agent = cloud.openstack.agent if cloud.openstack else None
+    if cloud.agent is not None:
+        wrong(("clouds", i, "agent"), "an openstack cloud names its agent inside openstack", "openstack: {agent: …}")
+    if agent is None:
+        hint = (
+            "with root on its compute hosts run cloudfit-agent there and add agent: {ssh: root@host, socket: /run/…}, "
+            "or agent: {} if the compute host is this one; without, use a libvirt cloud"
+        )
+        wrong(("clouds", i, "openstack"), f"cloud {cloud.name!r} has no agent: nobody measures what boots there", hint)
+    elif agent.ssh and not agent.socket:
+        hint = "add socket: /run/cloudfit/agent.sock"
+        wrong(("clouds", i, "openstack", "agent"), "a remote agent is not started by the controller", hint)
 
 
 def _check_adversary(v: dict[str, Any], n: int | None, wrong: Any) -> None:
@@ -347,9 +391,34 @@ def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
 
 
 def _cloud_spec(c: _Cloud) -> CloudSpec:
-    driver = "libvirt" if c.libvirt else "process" if c.process else "openstack"
+    if c.openstack:
+        return _openstack_spec(c.name, c.openstack)
+    driver = "libvirt" if c.libvirt else "process"
     uri, network = (c.libvirt.uri, c.libvirt.network) if c.libvirt else ("", "")
     return CloudSpec(c.name, driver, uri, network, c.agent.socket if c.agent else "")
+
+
+def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:
+    agent = o.agent or _HostAgent()
+    place = OpenStackPlace(
+        cloud=o.cloud,
+        flavor=o.flavor,
+        network=o.network,
+        region=o.region,
+        availability_zone=o.availability_zone,
+        volume_type=o.volume_type,
+        clients=tuple(o.clients),
+        hypervisor=agent.hypervisor,
+    )
+    uri = f"openstack+ssh://{agent.ssh}" if agent.ssh else "openstack:"
+    return CloudSpec(name, "openstack", uri, "", agent.socket, place)
+
+
+def _cloud_from_json(doc: dict[str, Any]) -> CloudSpec:
+    place = doc.pop("openstack", None)
+    if place is not None:
+        place = OpenStackPlace(**{**place, "clients": tuple(place["clients"])})
+    return CloudSpec(**doc, openstack=place)
 
 
 def to_json(spec: GroupSpec) -> str:
@@ -361,7 +430,7 @@ def from_json(text: str) -> GroupSpec:
     """The inverse of `to_json`. Raises BadInputError if the text is none of ours."""
     try:
         doc = json.loads(text)
-        doc["clouds"] = tuple(CloudSpec(**c) for c in doc["clouds"])
+        doc["clouds"] = tuple(_cloud_from_json(c) for c in doc["clouds"])
         doc["placement"] = tuple((r, c) for r, c in doc["placement"])
         doc["adversary"] = tuple(doc["adversary"])
         doc["not_tolerated"] = tuple(doc["not_tolerated"])

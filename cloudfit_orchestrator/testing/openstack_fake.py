@@ -444,6 +444,8 @@ class FakeOpenStack:
             return 200, {"volume_types": self.volume_types}
         if path == "/limits":
             return 200, {"limits": {"absolute": self.volume_limits}}
+        if path == "/os-availability-zone":
+            return 200, {"availabilityZoneInfo": [{"zoneName": "volumes", "zoneState": {"available": True}}]}
         if kind == "messages":
             return 200, {"messages": [{"user_message": "schedule allocate volume: no back end has room"}]}
         self._look(kind)

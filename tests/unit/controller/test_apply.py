@@ -8,7 +8,7 @@ from cloudfit_orchestrator.controller.apply import active_record, apply
 from cloudfit_orchestrator.controller.destroy import destroy
 from cloudfit_orchestrator.model.errors import (
     BadError,
-    PermanentError,
+    BadInputError,
     RefusedError,
     TemporaryError,
     UnknownError,
@@ -169,8 +169,8 @@ def test_a_bad_image_is_refused_before_anything_is_made(bench: Bench) -> None:
 
 def test_what_cannot_be_done_is_said_before_anything_is_made(bench: Bench) -> None:
     openstack = SPEC.replace("ulm, process: {}", "ulm, openstack: {cloud: a, flavor: b, network: c}")
-    with pytest.raises(PermanentError, match="ulm need the openstack driver"):
-        apply(bench.process(), spec(openstack))
+    with pytest.raises(BadInputError, match="'ulm' has no agent: nobody measures"):
+        spec(openstack)
     bench.check_nothing_left()
     apply(bench.process(), spec())
     with pytest.raises(RefusedError, match="exists with another spec"):

@@ -166,3 +166,52 @@ def test_json_schema_names_every_key() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert {"apiVersion", "group", "clouds", "replicas", "adversary"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
+
+
+OPENSTACK = """\
+apiVersion: cloudfit/v1
+group: ledger
+service: kv
+f: 1
+clouds:
+  - {name: lisbon, openstack: {cloud: lisbon, flavor: m1.small, network: replicas, agent: {}}}
+  - name: passau
+    openstack:
+      cloud: passau
+      region: RegionOne
+      flavor: m1.small
+      network: replicas
+      availability_zone: nova
+      volume_type: fast
+      clients: [192.0.2.0/24]
+      agent: {ssh: root@compute.passau, socket: /run/cloudfit/agent.sock}
+  - {name: ulm, process: {}}
+"""
+
+
+def test_an_openstack_cloud_goes_through_the_journal():
+    spec = parse_spec(OPENSTACK, "spec.yaml")
+    lisbon, passau, _ = spec.clouds
+    assert (lisbon.driver, lisbon.local, lisbon.openstack.hypervisor) == ("openstack", True, "qemu:///system")
+    assert (passau.local, passau.uri) == (False, "openstack+ssh://root@compute.passau")
+    assert passau.agent_socket == "/run/cloudfit/agent.sock"
+    assert passau.openstack.clients == ("192.0.2.0/24",)
+    assert from_json(to_json(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (", agent: {}", "", "'lisbon' has no agent: nobody measures what boots there"),
+        (", socket: /run/cloudfit/agent.sock", "", "a remote agent is not started by the controller"),
+        ("agent: {}", "agent: {sokcet: /x}", "did you mean 'socket'"),
+        ("192.0.2.0/24", "192.0.2.7/24", "an IPv4 network is written 192.0.2.0/24"),
+        ("      flavor: m1.small\n", "", "clouds.1.openstack.flavor is missing"),
+        ("agent: {}}", "agent: {}}, agent: {socket: /run/x}", "names its agent inside openstack"),
+        ("network: replicas, ", "netwrok: replicas, ", "did you mean 'network'"),
+    ],
+)
+def test_mistakes_in_an_openstack_cloud(old, new, said):
+    assert old in OPENSTACK
+    with pytest.raises(SpecError, match=said):
+        parse_spec(OPENSTACK.replace(old, new, 1), "spec.yaml")
