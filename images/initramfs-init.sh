@@ -17,6 +17,9 @@ while read -r module; do
     insmod "/modules/$module" 2> /dev/null || echo "cloudfit: initramfs: $module not loaded" > /dev/kmsg
 done < /modules/order
 
+# Python cannot wait for random numbers, and a CPU without RDRAND has none yet; this read waits until there are.
+dd if=/dev/random of=/dev/null bs=1 count=1 2> /dev/null || fail "no random numbers"
+
 verity=
 for word in $(cat /proc/cmdline); do
     case $word in
