@@ -49,7 +49,8 @@ class Etcd:
     def __init__(self, directory: Path) -> None:
         """`directory` exists and is on a disk. Raises PermanentError if etcd is not installed."""
         self._binary = binary()
-        self._root = Path(tempfile.mkdtemp(prefix="cfbench-etcd", dir=directory))
+        self._directory = directory
+        self._root = Path()
         self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def __enter__(self) -> Self:
@@ -66,6 +67,7 @@ class Etcd:
         self._tear_down()
 
     def _start(self) -> None:
+        self._root = Path(tempfile.mkdtemp(prefix="cfbench-etcd", dir=self._directory))
         ports = free_ports(2 * MEMBERS)
         peers = {f"e{i}": f"http://{LOOPBACK}:{ports[i]}" for i in range(MEMBERS)}
         clients = {f"e{i}": f"http://{LOOPBACK}:{ports[MEMBERS + i]}" for i in range(MEMBERS)}
@@ -111,7 +113,8 @@ class Etcd:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-            shutil.rmtree(self._root)
+            if self._root.name:
+                shutil.rmtree(self._root)
 
     def generator(self, number: int, callers: int) -> Worker:
         """A load generator for `callers` callers, not waited for."""

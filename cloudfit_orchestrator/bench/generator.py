@@ -29,6 +29,7 @@ from cloudfit_orchestrator.gateway.kv import KvClient
 from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError
 
 TIMEOUT_S = 20.0  # of one operation: above a view change with its doubled time-outs
+PER_ROUND = ("answered", "bundles", "resent", "overloaded", "deadlines")  # of the client SDK's figures
 MAX_ERRORS = 100  # a process's callers give up beyond: a target that refuses at once would be asked in a hot loop
 
 
@@ -173,10 +174,11 @@ async def serve() -> None:
         await target.get(key_of(0))  # connected, and somebody answers
         _say({"ready": True})
         while line := await lines.readline():
-            load = Load(**json.loads(line))
-            found = await Callers(load, target).run()
+            before = target.figures if isinstance(target, GroupTarget) else {}
+            found = await Callers(Load(**json.loads(line)), target).run()
             if isinstance(target, GroupTarget):
-                found["client"] = target.figures
+                now = target.figures
+                found["client"] = now | {name: now[name] - before[name] for name in PER_ROUND}
             _say({"figures": found})
 
 

@@ -105,7 +105,8 @@ class Group:
         self.spec = spec_of(options.n, options.algorithm)
         self._report = report
         self._launching = launching
-        self._root = Path(tempfile.mkdtemp(prefix="cfbench", dir=directory))
+        self._directory = directory
+        self._root = Path()
         self._read: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -122,7 +123,11 @@ class Group:
         self._tear_down()
 
     def _start(self) -> None:
-        self.home = Home(self._root)
+        self._root = Path(tempfile.mkdtemp(prefix="cfbench", dir=self._directory))
+        try:
+            self.home = Home(self._root)
+        except BadInputError as error:
+            raise BadInputError(error.fact, next_command="name a shorter one by --directory") from error
         arguments: list[str] = []
         if self._options.routes is not None:
             routes = self._root / "routes.json"
@@ -158,7 +163,8 @@ class Group:
                 assert isinstance(context.sites, LocalSites)
                 context.sites.close()
                 context.journal.close()
-            shutil.rmtree(self._root)
+            if self._root.name:
+                shutil.rmtree(self._root)
 
     def target(self, client: int, near: str, routes: dict[str, str]) -> dict[str, Any]:
         """Order for a load generator: as the client of that number, which asks the replica `near` first."""

@@ -34,7 +34,16 @@ MAX_DURATION_S = 3600.0
 LEAD_S = 0.05  # from the order to the first call
 SEED = 1
 
-_AVERAGED = ("ops_s", "p50_ms", "p99_ms", "cpu_ms_per_op", "msgs_per_op", "bytes_per_op", "fsyncs_per_s")
+_AVERAGED = (
+    "ops_s",
+    "p50_ms",
+    "p99_ms",
+    "cpu_ms_per_op",
+    "msgs_per_op",
+    "bytes_per_op",
+    "fsyncs_per_s",
+    "ops_per_bundle",
+)
 _AVERAGED_PEER = ("ops_s", "p50_ms", "p99_ms", "cpu_ms_per_op", "generator_cpu_share")
 
 Report = Callable[[Progress], None]
@@ -127,8 +136,9 @@ def drive(
             worker.tell(load.order())
             asked.append(worker)
     _until(begin_s)
-    before, cpu, machine_cpu_s = sample(), {name: cpu_s(pid) for name, pid in processes.items()}, busy_s()
     began_s = time.monotonic()
+    cpu, machine_cpu_s = {name: cpu_s(pid) for name, pid in processes.items()}, busy_s()
+    before = sample()  # takes a while: behind the clocks at both ends
     try:
         if stopped is not None:
             _until(middle_s)
@@ -172,6 +182,7 @@ def common_figures(window: Window, parameters: Parameters, servers: Sequence[str
         "first_error": next((a["first_error"] for a in window.answers if a["first_error"]), ""),
         "cpu_ms_per_op": round(1000 * sum(window.cpu[name] for name in servers) / operations, 4),
         "cpu_ms_per_op_by_process": {name: round(1000 * s / operations, 4) for name, s in window.cpu.items()},
+        "window_s": round(window.seconds, 3),
         "generator_cpu_share": round(generators / window.seconds, 3),
         "others_cpu_share": round(
             max(0.0, window.machine_cpu_s - sum(window.cpu.values())) / window.seconds / (os.cpu_count() or 1), 3
@@ -278,6 +289,7 @@ class _Bench:
         window = drive(self._ours, clients, self._p, processes, sample, seed=self._next_seed(), stopped=stopped)
         found = common_figures(window, self._p, list(replicas))
         operations = max(1, found["operations"])
+        figures = [answer["client"] for answer in window.answers]
         (before, rss_before), (after, rss_after) = window.before, window.after
 
         def grown(figure: str) -> int:
@@ -287,9 +299,12 @@ class _Bench:
             "msgs_per_op": round(grown("sent_messages") / operations, 3),
             "bytes_per_op": round(grown("sent_bytes") / operations, 1),
             "fsyncs_per_s": round(grown("log_syncs") / window.seconds, 1),
+            "ops_per_bundle": round(
+                sum(c["answered"] for c in figures) / max(1, sum(c["bundles"] for c in figures)), 1
+            ),
             "rss_mb": {r: [rss_before[r], rss_after[r]] for r in replicas},
             "status": {r: after[r]["status"] for r in replicas},
-            "clients": [answer["client"] for answer in window.answers],
+            "clients": figures,
         }
         if self._wan is not None:
             found["regions"] = self._by_region(window)
@@ -348,6 +363,8 @@ def run(parameters: Parameters, directory: Path, report: Report) -> dict[str, An
     `ours` and `peer`), `good` and `errors`. With one point its figures stand at the top too. `cpu_ms_per_op` is of all
     replicas together, user and system, load generators and agent apart in `cpu_ms_per_op_by_process`. `msgs_per_op` and
     `bytes_per_op` are bodies handed to the transport between replicas, before TLS. `fsyncs_per_s` are log rounds of all
-    replicas, each one fdatasync. `others_cpu_share` is what was used of the machine's cores by nobody of ours.
+    replicas, each one fdatasync. `ops_per_bundle`: as many of the callers' requests travelled together; at all of one
+    process's callers the group has one batch of it at a time, and more processes show how it overlaps them.
+    `others_cpu_share` is what others than the round's processes used of the machine's cores.
     """
     return _Bench(parameters, directory, report).run()

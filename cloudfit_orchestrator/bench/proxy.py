@@ -8,6 +8,7 @@ import asyncio
 import json
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 from cloudfit_orchestrator.bench.processes import LOOPBACK
@@ -18,8 +19,9 @@ MAX_UNDER_WAY = 64 << 20  # bytes of one direction; beyond it the sender waits, 
 class Direction(asyncio.Protocol):
     """Reads one side of a connection and writes to `other` after the delay."""
 
-    def __init__(self, delay_s: float) -> None:
-        """`other` is set by who makes the pair."""
+    def __init__(self, delay_s: float, opened: Callable[["Direction"], None] | None = None) -> None:
+        """`opened` hears of the connection once it stands; `other` is set by `pair`."""
+        self._opened = opened
         self._delay_s = delay_s
         self._under_way: deque[tuple[float, bytes | None]] = deque()  # None: the end
         self._size = 0
@@ -31,8 +33,9 @@ class Direction(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Held until the other side stands."""
         self._transport = cast("asyncio.Transport", transport)
-        if self.other is None:
-            self._transport.pause_reading()
+        self._transport.pause_reading()
+        if self._opened is not None:
+            self._opened(self)
 
     def pair(self, other: "Direction") -> None:
         """Both sides stand: let bytes through."""
@@ -114,14 +117,12 @@ class Proxy:
     async def listen(self, port: int, to: str, delay_s: float) -> None:
         """Open a route. Raises OSError."""
 
-        def accept() -> Direction:
-            near = Direction(delay_s)
+        def opened(near: Direction) -> None:
             dial = asyncio.get_running_loop().create_task(self._dial(near, to, delay_s))
             self._dials.add(dial)
             dial.add_done_callback(self._dials.discard)
-            return near
 
-        await asyncio.get_running_loop().create_server(accept, LOOPBACK, port)
+        await asyncio.get_running_loop().create_server(lambda: Direction(delay_s, opened), LOOPBACK, port)
 
     async def _dial(self, near: Direction, to: str, delay_s: float) -> None:
         host, _, port = self.targets.get(to, "").rpartition(":")

@@ -104,8 +104,8 @@ def checkpoint(state: State, changed: int) -> dict[str, float]:
 
 
 def profiled(state: State, changed: int) -> list[dict[str, Any]]:
-    """The functions that one more checkpoint spent most time in, itself each, most first."""
-    profile = cProfile.Profile()
+    """The functions that one more checkpoint spent most CPU time in, itself each, most first."""
+    profile = cProfile.Profile(time.process_time)
     profile.runcall(checkpoint, state, changed)
     stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     most = sorted(stats.items(), key=lambda item: -item[1][2])[:TOP]
@@ -123,7 +123,7 @@ def run(
     `points`: medians over `repeat` checkpoints, each after `changed` changed keys. `change` is the puts themselves,
     which copy what they share with the last snapshot; `checkpoint` is digest and snapshot, which the replica waits for;
     `save` is what its other thread writes to disk, with fsync. `growth` of a cost: CPU time at the largest size
-    over that at the smallest; `flat` where it is below 2. `profile`: of the largest size, by own time.
+    over that at the smallest; `flat` where it is below 2. `profile`: of the largest size, by own CPU time.
     """
     if not sizes or changed < 1 or repeat < 1 or not 0 <= value <= 10**5:
         raise BadInputError("bench state needs a size, at least one changed key and round, values up to 100,000 bytes")

@@ -91,17 +91,17 @@ def _print_points(found: dict[str, Any]) -> None:
     about = f"{machine['cores']} cores, {machine['cpu']}, {machine['file_system']}, kernel {machine['kernel']}"
     click.echo(f"{found['parameters']['algorithm']}, n={found['parameters']['n']}, on {about}")
     figures = ["ops_s", "p50_ms", "p99_ms", "cpu_ms_per_op"]
-    more = ["msgs_per_op", "bytes_per_op", "fsyncs_per_s"]
+    more = ["msgs_per_op", "bytes_per_op", "fsyncs_per_s", "ops_per_bundle"]
     rows = []
     for point in points:
         rows.append(["group", point["clients"], *(point[f] for f in (*figures, *more)), point["errors"]])
         for region, seen in point.get("regions", {}).items():
-            rows.append([f"  region {region}", "", seen["ops_s"], seen["p50_ms"], seen["p99_ms"], *[""] * 5])
-            rows.append([f"  bound {region}", "", "", seen["bound_ms"], *[""] * 6])
+            rows.append([f"  region {region}", "", seen["ops_s"], seen["p50_ms"], seen["p99_ms"], *[""] * 6])
+            rows.append([f"  bound {region}", "", "", seen["bound_ms"], *[""] * 7])
         if "peer" in point:
             peer = point["peer"]
-            rows.append([peer["name"], point["clients"], *(peer[f] for f in figures), *[""] * 3, peer["errors"]])
-            rows.append(["ratio", "", point["ratio"], *[""] * 7])
+            rows.append([peer["name"], point["clients"], *(peer[f] for f in figures), *[""] * 4, peer["errors"]])
+            rows.append(["ratio", "", point["ratio"], *[""] * 8])
     print_table(["", "clients", *figures, *more, "errors"], rows)
     for point in points:
         for one in point["rounds"]:
