@@ -41,9 +41,11 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 )
 @click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--n", "ns", callback=_numbers, default="3", show_default=True, metavar="LIST", help="Replicas: 3,5,7.")
-@click.option("--algorithm", type=click.Choice(["all", *Algorithm]), default="all", show_default=True)
+@click.option(
+    "--algorithm", type=click.Choice(["all", *(a.value for a in Algorithm)]), default="all", show_default=True
+)
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default=MIXED, show_default=True)
-@click.option("--set", "changes", multiple=True, callback=_changes, metavar="FIELD=NUMBER", help="Of the profile.")
+@click.option("--set", "changes", multiple=True, callback=_changes, metavar="FIELD=VALUE", help="Of the profile.")
 @click.option("--jobs", "processes", type=click.IntRange(1), default=1, show_default=True, help="Worker processes.")
 @click.option("--shrink", is_flag=True, help="Make the first failed run small, and say how it is replayed.")
 @format_option

@@ -7,6 +7,7 @@ wormhole certify a counter twice or sign an untyped statement. Each behaviour is
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 
@@ -30,7 +31,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.testing.machine import Behaviour, Machine
-from cloudfit_orchestrator.testing.puppet import Puppet
+from cloudfit_orchestrator.testing.puppet import LIES, Puppet
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 
 Done = list[tuple[float, Effect]]  # what is done: delay in seconds and effect, in order
@@ -364,7 +365,10 @@ ALL: dict[str, Callable[[random.Random], Behaviour]] = {
     "corrupt-chunks": CorruptChunks,
     "never-proposes": NeverProposes,
     "garbage": Garbage,
+}
+STRONGEST: dict[str, Callable[[random.Random], Behaviour]] = {
     "puppet": Puppet,
+    **{f"puppet-{lie}": partial(Puppet, lie=lie) for lie in LIES},
 }
 
 
@@ -399,7 +403,7 @@ class Together:
 def choose(rng: random.Random) -> tuple[str, ...]:
     """The names of some behaviours."""
     if rng.random() < PUPPETS:
-        return ("puppet",)
+        return (rng.choice(["puppet", rng.choice(sorted(STRONGEST))]),)
     return tuple(sorted(rng.sample(sorted(ALL), rng.choice([1, 1, 2, 3]))))
 
 
@@ -407,4 +411,4 @@ def together(
     names: Iterable[str], rng: random.Random, acted: Callable[[str, Effect, Done], None] = lambda *_: None
 ) -> Together:
     """Behaviours by name."""
-    return Together({name: ALL[name](rng) for name in names}, acted)
+    return Together({name: {**ALL, **STRONGEST}[name](rng) for name in names}, acted)

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from cloudfit_orchestrator.model.record import Algorithm
-from cloudfit_orchestrator.testing.behaviours import ALL
+from cloudfit_orchestrator.testing.behaviours import ALL, STRONGEST
 from cloudfit_orchestrator.testing.plan import Changes, draw
 from cloudfit_orchestrator.testing.simulator import Report, run
 
@@ -84,7 +84,7 @@ class Coverage:
     @property
     def never(self) -> list[str]:
         """Attacks that no run saw reach a correct replica."""
-        return sorted(set(ALL) - set(self.of("attack")))
+        return sorted({*ALL, *STRONGEST} - set(self.of("attack")))
 
     def document(self, real_s: float) -> dict[str, Any]:
         """For JSON."""

@@ -128,6 +128,10 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
     shuffled = stream("byzantine").sample(replicas, n)
     taken = shuffled[: f - lapses] if profile.byzantine else []
     attacks = stream("attacks")
+    fixed = tuple(profile.attacks.split("+")) if profile.attacks else ()
+    if not set(fixed) <= behaviours.ALL.keys() | behaviours.STRONGEST.keys():
+        known = ", ".join(sorted(behaviours.ALL.keys() | behaviours.STRONGEST.keys()))
+        raise BadInputError(f"{profile.attacks} is not all attacks", next_command=f"choose among {known}")
     return Plan(
         seed=seed,
         n=n,
@@ -138,9 +142,9 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
         profile=profile,
         changes=changes,
         parameters=parameters(stream("parameters")),
-        taken={replica: profile.attacks or behaviours.choose(attacks) for replica in taken},
+        taken={replica: fixed or behaviours.choose(attacks) for replica in taken},
         next_attacks=tuple(
-            profile.attacks or behaviours.choose(attacks) for _ in range(profile.replacements if profile.mobile else 0)
+            fixed or behaviours.choose(attacks) for _ in range(profile.replacements if profile.mobile else 0)
         ),
         troubles=tuple(_troubles(stream, profile, replicas, taken, shuffled[::-1][:lapses])),
     )

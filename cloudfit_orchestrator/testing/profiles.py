@@ -28,7 +28,7 @@ class Profile:
     clock_s: float = 1.5
     lapses: int = 0  # wormholes that lose their keys, or whose lease ends: each counts in f
     byzantine: bool = False  # f machines (less the lapses) are taken over from the beginning
-    attacks: tuple[str, ...] = ()  # of whoever is taken; empty: the seed chooses
+    attacks: str = ""  # of whoever is taken, by plus signs; empty: the seed chooses
     replacements: int = 0  # machines replaced by reconfiguration, one after the other
     staged: bool = False  # replacements go by stages: RETIRE, freeze, EPOCH-END vote, exporter of the old disk
     reshapes: int = 0  # reconfigurations to other parameters, or the other algorithm
@@ -98,5 +98,5 @@ def profile_of(name: str, rng: random.Random, changes: dict[str, object]) -> Pro
     """The profile of that name, with some fields changed; `rng` draws what a seed draws for itself."""
     profile = mixed(rng) if name in (MIXED, PUPPETS) else PROFILES[name]
     if name == PUPPETS:
-        profile = replace(profile, byzantine=True, attacks=("puppet",), lapses=0, clocks=0.0, operations=8, busy=4)
+        profile = replace(profile, byzantine=True, attacks="puppet", lapses=0, clocks=0.0, operations=8, busy=4)
     return replace(profile, **changes)  # type: ignore[arg-type]  # names and types are checked where they come in

@@ -40,24 +40,32 @@ from cloudfit_orchestrator.wormhole.refusal import Refusal
 
 PACE_S = 0.015  # mean time between two moves
 HIDDEN_S = 1.0  # mean time for which a message is kept from who is no victim
-MALICE = (0.0, 0.02, 0.1, 0.3)  # share of moves that break a rule
+MALICE = (0.0, 0.05, 0.2, 0.5)  # share of moves that break a rule
+LIES = (
+    "late-vote", "far-vote", "again", "proposal", "far-proposal", "other-proposal", "stable", "stable-back",
+    "stable-bare", "view", "view-bare", "view-again", "bogus-view", "out-of-turn", "entry", "wedge",
+)  # fmt: skip
 MOVES = {"commit": 9, "prepare": 6, "stable": 4, "commit_view": 7, "new_view": 5, "skip": 1, "ask": 1, "view_change": 2}
 
 
 class Puppet:
     """See the module. A behaviour (`machine.Behaviour`)."""
 
-    def __init__(self, rng: random.Random) -> None:
-        """`rng` makes all choices."""
+    def __init__(self, rng: random.Random, lie: str = "") -> None:
+        """`rng` makes all choices. `lie`: its only one, told often; else it has two of `LIES` (the first breach of a
+        rule ends its stream, so who tells all kinds gets to tell few).
+        """
         self._rng = rng
         self._left = rng.choice([0, 0, 3, 20])  # UIs that the core still gets
-        self._malice = rng.choice(MALICE)
+        self._lies = [lie] if lie else rng.sample(LIES, 2)
+        self._malice = MALICE[-1] if lie else rng.choice(MALICE)
         self._c = 0
         self._cv = 0  # the last counter that was used
         self._moves = list(MOVES)
         self._weights = [weight * rng.choice([0.3, 1, 1, 2]) for weight in MOVES.values()]
         self._voted: set[tuple[int, str, int]] = set()
         self._favourite = rng.getrandbits(16)
+        self._name = f"puppet-{lie}" if lie else "puppet"
 
     def hear(self, body: bytes) -> None:
         """See `Behaviour`."""
@@ -107,7 +115,7 @@ class Puppet:
             return  # frozen, or the session is a new one: later
         self._cv += 1
         frame = encode(msgspec.structs.replace(message, batch=batch) if batch else message)
-        machine.marked[frame] = "puppet"
+        machine.marked[frame] = self._name
         victims = random.Random(self._favourite ^ self._cv // 8)
         for peer in machine.peers:
             if victims.random() < 0.5:
@@ -265,13 +273,10 @@ class Puppet:
     # --------------------------------------------------------------------------------------------- what breaks a rule
     def _lie(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         """One that fits the situation: it shall hurt whom no rule protects."""
-        lies = [
-            self._lie_late_vote, self._lie_far_vote, self._lie_again, self._lie_proposal, self._lie_stable,
-            self._lie_stable, self._lie_view, self._lie_view, self._lie_entry, self._lie_wedge,
-        ]  # fmt: skip
-        if state.v > state.e:
-            lies += [self._lie_late_vote] * 10
-        return self._rng.choice(lies)(machine, judge, state)
+        lies = self._lies
+        if state.v > state.e and "late-vote" in lies:
+            lies = ["late-vote"]  # now or never
+        return getattr(self, "_lie_" + self._rng.choice(lies).replace("-", "_"))(machine, judge, state)
 
     def _vote_for(self, judge: Configuration, found: list[Kept]) -> Any:
         undecided = [k for k in found if judge.slots.decision(_end(k)) is None] or found
@@ -308,43 +313,92 @@ class Puppet:
         digest, batch = self._batch(machine)
         return Prepare(judge.record.c, state.e, self._rng.choice(slots), digest), b"", batch
 
-    def _lie_proposal(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
-        """For a slot of another, beyond the window, or in another view."""
+    def _slot_lie(self, machine: Machine, judge: Configuration, slots: list[int], view: int) -> Any:
+        if not slots:
+            return None
         digest, batch = self._batch(machine)
-        window = judge.record.parameters.window
-        slot = self._rng.randint(max(1, state.h - 1), state.h + window + 2)
-        view = self._rng.choice([state.e, state.e, max(0, state.e - 1), state.v if state.v < 1 << 60 else 0])
-        return Prepare(judge.record.c, view, slot, digest), b"", batch
+        return Prepare(judge.record.c, view, self._rng.choice(slots), digest), b"", batch
+
+    def _lie_proposal(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """In a view that it has left, or has not entered."""
+        me, window = machine.identity.replica, judge.record.parameters.window
+        views = [g for g in (state.e - 1, state.e, state.e + 1, state.v) if 0 <= g < 1 << 60]
+        view = self._rng.choice(views)
+        turn = proposers(judge.record, view, state.blacklist, state.retired)
+        slots = [s for s in range(max(state.h, state.p) + 1, state.h + window + 1) if turn[s % len(turn)] == me]
+        return self._slot_lie(machine, judge, slots, view)
+
+    def _lie_far_proposal(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """Beyond the window."""
+        turn = proposers(judge.record, state.e, state.blacklist, state.retired)
+        first = max(state.h + judge.record.parameters.window, state.p) + 1
+        me = machine.identity.replica
+        slots = [s for s in range(first, first + 2 * len(turn)) if turn[s % len(turn)] == me]
+        return self._slot_lie(machine, judge, slots, state.e)
+
+    def _lie_other_proposal(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """For a slot of another."""
+        first = max(state.h, state.p) + 1
+        slots = list(range(first, state.h + judge.record.parameters.window + 1))
+        return self._slot_lie(machine, judge, slots[:3], state.e)
 
     def _lie_stable(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
-        """Of another state than its stream's, going back, or without a certificate."""
+        """Of another state than its stream's."""
         false: dict[str, Any] = self._rng.choice(
             [
                 {"p": max(0, state.p - 1)},
+                {"p": 0},
                 {"e": max(0, state.e - 1)},
                 {"v": state.e},
                 {"blacklist": (judge.record.members[0].replica,)},
-                {"h": state.h},
-                {"h": state.h + judge.record.parameters.checkpoint_period, "certificate": ()},
+                {"blacklist": ()},
             ]
         )
         return self._stable(machine, judge, state, **false)
 
+    def _lie_stable_back(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """Of a slot that is no greater."""
+        certificates = judge.statements.certificates
+        slots = [s for s in certificates if s <= state.h]
+        if not slots:
+            return None
+        c = certificates[self._rng.choice(slots)]
+        return self._stable(machine, judge, state, h=c.slot, digest=c.digest, certificate=c.signatures)
+
+    def _lie_stable_bare(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """Without a certificate."""
+        h = state.h + judge.record.parameters.checkpoint_period
+        return self._stable(machine, judge, state, h=h, digest=bytes(DIGEST_BYTES), certificate=())
+
     def _lie_view(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
-        """A NEW-VIEW that does not follow, one of a view that it does not lead, a COMMIT of one out of turn, a
-        VIEW-CHANGE that nobody asked for, or that is its second.
-        """
-        kind = self._rng.randrange(5)
-        me, c = machine.identity.replica, judge.record.c
-        if kind == 0:
-            return self._commit_view(machine, judge, state, any_view=True)
-        if kind == 1:
-            return (ViewChange(c, max(state.v, state.e) + 1, (Req(me, 1 << 40, bytes(SIGNATURE_BYTES)),), ()),)
-        if kind == 4:  # for a view that it has asked for already: another log under the old name
-            asked = [k.header for k in judge.streams[me].kept.values() if isinstance(k.header, ViewChange)]
-            return (self._rng.choice(asked),) if asked else None
-        g = max(state.v, 1) if state.v < 1 << 60 else 1
-        while leader(judge.record, g) != me and kind == 2:
+        """A COMMIT of a NEW-VIEW out of turn: of an older view, or of one that its VIEW-CHANGE has gone beyond."""
+        return self._commit_view(machine, judge, state, any_view=True)
+
+    def _lie_view_bare(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A VIEW-CHANGE that nobody asked for."""
+        request = Req(machine.identity.replica, 1 << 40, bytes(SIGNATURE_BYTES))
+        return (ViewChange(judge.record.c, max(state.v, state.e) + 1, (request,), ()),)
+
+    def _lie_view_again(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A VIEW-CHANGE for a view that it has asked for already: another log under the old name."""
+        del state
+        kept = judge.streams[machine.identity.replica].kept.values()
+        asked = [k.header for k in kept if isinstance(k.header, ViewChange)]
+        return (self._rng.choice(asked),) if asked else None
+
+    def _lie_bogus_view(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A NEW-VIEW of the view that it leads, which does not follow from its VIEW-CHANGEs."""
+        return self._bogus(machine, judge, state, turn=0)
+
+    def _lie_out_of_turn(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A NEW-VIEW of a view that another leads."""
+        return self._bogus(machine, judge, state, turn=1)
+
+    def _bogus(self, machine: Machine, judge: Configuration, state: StreamState, *, turn: int) -> Any:
+        g = max(state.v, state.e + 1, 1)
+        if g >= 1 << 60:
+            return None
+        while (leader(judge.record, g) != machine.identity.replica) != bool(turn):
             g += 1
         found = self._merged(judge, g)
         h = state.h
@@ -352,7 +406,7 @@ class Puppet:
         names = found[1] if found is not None else ()
         s_max = max(h, found[0].s_max - 1 if found is not None else h)
         choices = tuple(msgspec.structs.replace(x, batch=NOOP) for x in choices if x.s <= s_max)
-        return NewView(c, g, h, s_max, (), ()), encode(Merge(names, choices))
+        return NewView(judge.record.c, g, h, s_max, (), ()), encode(Merge(names, choices))
 
     def _lie_entry(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         """A vote for what nobody proposed. It is ignored, and ends nothing."""

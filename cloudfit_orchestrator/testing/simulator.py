@@ -332,12 +332,14 @@ def simulate(
 
 
 def change(text: str) -> tuple[str, Any]:
-    """FIELD=NUMBER of a profile. Raises ValueError."""
+    """FIELD=VALUE of a profile. Raises ValueError."""
     name, _, value = text.partition("=")
     kind = type(getattr(PROFILES["calm"], name, None))
-    if kind not in {int, float, bool}:
-        raise ValueError(f"{name} is no number in a profile")
-    return name, value == "True" if kind is bool else kind(float(value))
+    if kind not in {int, float, bool, str}:
+        raise ValueError(f"{name} is no number or name in a profile")
+    if kind is bool or kind is str:
+        return name, value if kind is str else value == "True"
+    return name, kind(float(value))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -350,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--without", default="", metavar="NAMES", help="troubles and attacks to leave out, by comma")
     parser.add_argument("--plan", action="store_true", help="say what would happen, and run nothing")
     parser.add_argument("--real-keys", action="store_true", help="Ed25519 in place of keyed hashes")
-    parser.add_argument("--set", type=change, action="append", default=[], metavar="FIELD=NUMBER", dest="changes")
+    parser.add_argument("--set", type=change, action="append", default=[], metavar="FIELD=VALUE", dest="changes")
     parser.add_argument("--trace", type=int, default=0, metavar="LINES", help="print the last lines of the trace")
     chosen = parser.parse_args(arguments)
     try:
