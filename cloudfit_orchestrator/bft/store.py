@@ -202,7 +202,7 @@ class StateStore:
         The keys are those of when the iteration began; one that was deleted since is left out.
         """
         if self._keys is None:
-            self._keys = KeyIndex(sorted([k for node in self._buckets for leaf in trie.leaves(node) for k in leaf[2]]))
+            self._keys = KeyIndex(sorted([key for node in self._buckets for key in trie.keys(node)]))
             self._moved = set(self._changes)
         self._settle_keys()
         return self._present(self._keys.begin_with(prefix, after))

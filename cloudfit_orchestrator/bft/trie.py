@@ -8,12 +8,12 @@ therefore has an equal hash, whatever its history, and anybody can compute it fr
 Nodes are plain tuples (the collector of garbage forgets tuples that hold only bytes; it would visit a million objects
 of a class again and again):
 
-- leaf: (hash, size, keys, values), keys ascending
-- branch: (hash, size, children, None, number of entries)
+- leaf: (hash, size, n, key 1 … key n, value 1 … value n), keys ascending
+- branch: (hash, size, -n, child 0 … child 7)
 
-`size` is that of the entries in a chunk's encoding, in bytes. Keys are placed by 64 bits of their BLAKE2s: 10 choose
-the bucket, 54 lead through at most `MAX_DEPTH` branches. Two keys that share k bits cost who looks for them 2^(k/2)
-hashes, and cost us k/3 branches of them both.
+`n` is the number of entries below the node, `size` that of their encoding in a chunk, in bytes. Keys are placed by 64
+bits of their BLAKE2s: 10 choose the bucket, 54 lead through at most `MAX_DEPTH` branches. Two keys that share k bits
+cost who looks for them 2^(k/2) hashes, and cost us k/3 branches of them both.
 """
 
 import struct
@@ -38,6 +38,7 @@ ENTRY_OVERHEAD = 8  # bytes of an entry in a chunk's encoding beside key and val
 
 _LEAF = b"cloudfit/state-leaf/v2\0"
 _BRANCH = b"cloudfit/state-branch/v2\0"
+_BODY = 3  # where the keys, or the children, of a node begin
 _DIGIT = WIDTH - 1
 _BUCKET = (1 << BUCKET_BITS) - 1
 _LENGTHS = [struct.Struct(f">{1 + 2 * n}I") for n in range(LEAF_ENTRIES + 1)]
@@ -50,43 +51,38 @@ def place(key: bytes) -> int:
 
 def lookup(node: Node, way: int, key: bytes) -> bytes | None:
     """The value of `key`, whose place without the bits of the bucket is `way`, or None."""
-    while node[3] is None:
-        node = node[2][way & _DIGIT]
+    while (n := node[2]) < 0:
+        node = node[_BODY + (way & _DIGIT)]
         way >>= DIGIT_BITS
-    keys = node[2]
-    i = bisect_left(keys, key)
-    if i < len(keys) and keys[i] == key:
-        value: bytes = node[3][i]
+    i = bisect_left(node, key, _BODY, _BODY + n)
+    if i < _BODY + n and node[i] == key:
+        value: bytes = node[i + n]
         return value
     return None
 
 
 def updated(node: Node, changes: list[Change], depth: int = 0) -> Node:
     """The node after `changes`, each of another key; the same one if they change nothing."""
-    if node[3] is not None:
+    if node[2] >= 0:
         return _updated_leaf(node, changes, depth)
-    children = node[2]
     if len(changes) == 1:
         way, key, value = changes[0]
-        digit = way & _DIGIT
-        old = children[digit]
+        i = _BODY + (way & _DIGIT)
+        old = node[i]
         new = updated(old, [(way >> DIGIT_BITS, key, value)], depth + 1)
         if new is old:
             return node
-        return _branch(
-            (*children[:digit], new, *children[digit + 1 :]),
-            node[1] + new[1] - old[1],
-            node[4] + count(new) - count(old),
-        )
+        size, n = node[1] + new[1] - old[1], count(new) - count(old) - node[2]
+        return _branch((*node[_BODY:i], new, *node[i + 1 :]), size, n)
     parts: dict[int, list[Change]] = {}
     for way, key, value in changes:
         parts.setdefault(way & _DIGIT, []).append((way >> DIGIT_BITS, key, value))
-    fresh = list(children)
+    children = list(node[_BODY:])
     for digit, part in parts.items():
-        fresh[digit] = updated(children[digit], part, depth + 1)
-    if all(new is old for new, old in zip(fresh, children, strict=True)):
+        children[digit] = updated(children[digit], part, depth + 1)
+    if all(new is old for new, old in zip(children, node[_BODY:], strict=True)):
         return node
-    return _branch(tuple(fresh), sum(child[1] for child in fresh), sum(map(count, fresh)))
+    return _branch(tuple(children), sum([child[1] for child in children]), sum(map(count, children)))
 
 
 def placed(items: Iterable[tuple[bytes, _V]], bucket: int | None = None) -> list[tuple[int, bytes, _V]]:
@@ -111,8 +107,8 @@ def build(items: Iterable[tuple[bytes, bytes]], bucket: int | None = None) -> No
 
 def count(node: Node) -> int:
     """How many entries the node holds."""
-    held: int = node[4] if node[3] is None else len(node[2])
-    return held
+    n: int = node[2]
+    return n if n >= 0 else -n
 
 
 def leaves(node: Node) -> Iterator[Node]:
@@ -120,17 +116,23 @@ def leaves(node: Node) -> Iterator[Node]:
     waiting = [node]
     while waiting:
         node = waiting.pop()
-        if node[3] is None:
-            waiting += reversed(node[2])
+        if node[2] < 0:
+            waiting += node[: _BODY - 1 : -1]
         else:
             yield node
+
+
+def keys(node: Node) -> list[bytes]:
+    """All keys below `node`."""
+    return [key for leaf in leaves(node) for key in leaf[_BODY : _BODY + leaf[2]]]
 
 
 def entries(node: Node) -> dict[bytes, bytes]:
     """All entries below `node`."""
     found: dict[bytes, bytes] = {}
     for leaf in leaves(node):
-        found.update(zip(leaf[2], leaf[3], strict=True))
+        middle = _BODY + leaf[2]
+        found.update(zip(leaf[_BODY:middle], leaf[middle:], strict=True))
     return found
 
 
@@ -142,8 +144,8 @@ def differences(old: Node, new: Node) -> dict[bytes, bytes | None]:
         before, after = waiting.pop()
         if before is after or before[0] == after[0]:
             continue
-        if before[3] is None and after[3] is None:
-            waiting += zip(before[2], after[2], strict=True)
+        if before[2] < 0 and after[2] < 0:
+            waiting += zip(before[_BODY:], after[_BODY:], strict=True)
             continue
         gone = entries(before)
         found.update((key, value) for key, value in entries(after).items() if gone.pop(key, None) != value)
@@ -152,70 +154,78 @@ def differences(old: Node, new: Node) -> dict[bytes, bytes | None]:
 
 
 def _updated_leaf(node: Node, changes: list[Change], depth: int) -> Node:
-    keys, values = node[2], node[3]
+    size, n = node[1], node[2]
+    body: tuple[bytes, ...]
     if len(changes) == 1:
         _, key, value = changes[0]
-        i = bisect_left(keys, key)
-        j = i + (i < len(keys) and keys[i] == key)
-        if value is None:
-            keys, values = keys[:i] + keys[j:], values[:i] + values[j:]
+        i = bisect_left(node, key, _BODY, _BODY + n)
+        if i < _BODY + n and node[i] == key:
+            if value is None:
+                body = (*node[_BODY:i], *node[i + 1 : i + n], *node[i + n + 1 :])
+                size -= ENTRY_OVERHEAD + len(key) + len(node[i + n])
+                n -= 1
+            else:
+                body = (*node[_BODY : i + n], value, *node[i + n + 1 :])
+                size += len(value) - len(node[i + n])
+        elif value is None:
+            return node
         else:
-            keys, values = (*keys[:i], key, *keys[j:]), (*values[:i], value, *values[j:])
+            body = (*node[_BODY:i], key, *node[i : i + n], value, *node[i + n :])
+            size += ENTRY_OVERHEAD + len(key) + len(value)
+            n += 1
     else:
-        content = dict(zip(keys, values, strict=True))
+        content = entries(node)
         for _, key, value in changes:
             if value is None:
                 content.pop(key, None)
             else:
                 content[key] = value
-        keys = tuple(sorted(content))
-        values = tuple([content[key] for key in keys])
-    size = _size(keys, values)
-    if not _fits(len(keys), size) and depth < MAX_DEPTH:
+        body = (*sorted(content), *[content[key] for key in sorted(content)])
+        n = len(content)
+        size = sum(map(len, body)) + ENTRY_OVERHEAD * n
+    if not _fits(n, size) and depth < MAX_DEPTH:
         shift = BUCKET_BITS + DIGIT_BITS * depth
-        return _built([(place(key) >> shift, key, value) for key, value in zip(keys, values, strict=True)], depth)
-    leaf = _leaf(keys, values, size)
+        return _built([(place(key) >> shift, key, value) for key, value in zip(body[:n], body[n:], strict=True)], depth)
+    leaf = _leaf(body, size)
     return node if leaf[0] == node[0] else leaf
 
 
 def _built(items: list[tuple[int, bytes, bytes]], depth: int) -> Node:
     size = sum([len(key) + len(value) for _, key, value in items]) + ENTRY_OVERHEAD * len(items)
     if _fits(len(items), size) or depth == MAX_DEPTH:
-        pairs = sorted([(key, value) for _, key, value in items])
-        return _leaf(tuple([key for key, _ in pairs]), tuple([value for _, value in pairs]), size)
+        return _leaf_of([(key, value) for _, key, value in items], size)
     parts: list[list[tuple[int, bytes, bytes]]] = [[] for _ in range(WIDTH)]
     for way, key, value in items:
         parts[way & _DIGIT].append((way >> DIGIT_BITS, key, value))
     return _hashed_branch(tuple([_built(part, depth + 1) if part else EMPTY for part in parts]), size, len(items))
 
 
-def _fits(number: int, size: int) -> bool:
-    return (number <= LEAF_ENTRIES and size <= LEAF_BYTES) or number <= 1
+def _fits(n: int, size: int) -> bool:
+    return (n <= LEAF_ENTRIES and size <= LEAF_BYTES) or n <= 1
 
 
-def _size(keys: tuple[bytes, ...], values: tuple[bytes, ...]) -> int:
-    return sum(map(len, keys)) + sum(map(len, values)) + ENTRY_OVERHEAD * len(keys)
+def _leaf_of(pairs: list[tuple[bytes, bytes]], size: int) -> Node:
+    pairs.sort()
+    return _leaf((*[key for key, _ in pairs], *[value for _, value in pairs]), size)
 
 
-def _leaf(keys: tuple[bytes, ...], values: tuple[bytes, ...], size: int) -> Node:
-    """Hashed: tag ‖ number u32 ‖ lengths of the keys ‖ lengths of the values, u32 each ‖ keys ‖ values."""
-    n = len(keys)
+def _leaf(body: tuple[bytes, ...], size: int) -> Node:
+    """`body`: keys, then values. Hashed: tag ‖ n u32 ‖ their lengths, u32 each ‖ keys ‖ values."""
+    n = len(body) // 2
     lengths = _LENGTHS[n] if n <= LEAF_ENTRIES else struct.Struct(f">{1 + 2 * n}I")
-    head = lengths.pack(n, *map(len, keys), *map(len, values))
-    return sha256(b"".join((_LEAF, head, *keys, *values))).digest(), size, keys, values
+    return sha256(b"".join((_LEAF, lengths.pack(n, *map(len, body)), *body))).digest(), size, n, *body
 
 
-def _branch(children: tuple[Node, ...], size: int, number: int) -> Node:
-    if _fits(number, size):  # then every child is a leaf
-        pairs = sorted([pair for child in children for pair in zip(child[2], child[3], strict=True)])
-        return _leaf(tuple([key for key, _ in pairs]), tuple([value for _, value in pairs]), size)
-    return _hashed_branch(children, size, number)
+def _branch(children: tuple[Node, ...], size: int, n: int) -> Node:
+    if _fits(n, size):  # then every child is a leaf
+        return _leaf_of([pair for child in children for pair in entries(child).items()], size)
+    return _hashed_branch(children, size, n)
 
 
-def _hashed_branch(children: tuple[Node, ...], size: int, number: int) -> Node:
+def _hashed_branch(children: tuple[Node, ...], size: int, n: int) -> Node:
     """Hashed: tag ‖ the children's hashes, 32 bytes each."""
     digest = sha256(b"".join((_BRANCH, *[child[0] for child in children]))).digest()
-    return digest, size, children, None, number
+    return digest, size, -n, *children
 
 
-EMPTY = _leaf((), (), 0)
+EMPTY = _leaf((), 0)
