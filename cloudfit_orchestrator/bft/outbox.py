@@ -62,7 +62,8 @@ class Outbox:
             del awaited[next(iter(awaited))]
         self._token += 1
         awaited[self._token] = kind, then
-        self._effects.append(Sign(c, kind, body, self._token))
+        # A reply shows a slot that Qc members have logged before they voted: it need not wait for our own log.
+        self._effects.append(Sign(c, kind, body, self._token, waits=kind is not Kind.REPLY))
 
     def signed(self, token: int, signature: bytes) -> Kind | None:
         """A signature arrived. Of what kind of statement; None if nobody waits for it."""

@@ -26,6 +26,7 @@ MAX_WAITING_SIGNS = 4096  # statements behind records that are not durable; a fu
 MAX_WAITING_SAVES = 4  # snapshots not on disk yet; the oldest gives way, it is never answered
 FULL_RETRY_S = 1.0
 QUICK_SYNC_S = 0.0005  # two switches between threads of a busy interpreter take about that, or much longer
+LINGER_S = 0.005  # what nobody waits for is written with what somebody does, or after so long
 _SMOOTHING = 8  # rounds that the mean duration of a sync remembers
 
 Action = Callable[[], None]
@@ -62,6 +63,7 @@ class Durable:
         self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
         self._log_task: asyncio.Task[None] | None = None
         self._scheduled = False
+        self._lingering: asyncio.TimerHandle | None = None
         self._sync_s = 1.0  # mean duration of a round's writing; slow until it is known to be quick
         self._job_task: asyncio.Task[None] | None = None
         self._log_thread = ThreadPoolExecutor(1, "log")
@@ -77,7 +79,8 @@ class Durable:
         records = (effect.record,) if isinstance(effect, Append) else effect.records
         self._waiting_bytes += sum(map(len, records))
         self._queue.append(effect.record if isinstance(effect, Append) else effect)
-        self._start()
+        if self._log_task is None and self._lingering is None and not self._scheduled and not self.failed:
+            self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._start)
 
     def after(self, action: Action, *, may_be_lost: bool = False) -> None:
         """Carry `action` out once everything written before it is durable; at once if it is. One that `may_be_lost`
@@ -108,6 +111,8 @@ class Durable:
         self.failed = True
         self._queue.clear()
         self._jobs.clear()
+        if self._lingering is not None:
+            self._lingering.cancel()
         tasks = [task for task in (self._log_task, self._job_task) if task is not None]
         for task in tasks:
             task.cancel()
@@ -117,6 +122,9 @@ class Durable:
         self.log.close()
 
     def _start(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
         if self._log_task is None and not self._scheduled and not self.failed:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._begin)

@@ -7,7 +7,6 @@ nobody expected ends the process: the next one begins from the log.
 
 import asyncio
 import base64
-import binascii
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from cloudfit_orchestrator.services.registry import load
 TICK_S = 0.04  # the core wants one every 50 ms, and an idle replica on an emulated core pays for each
 ISSUE_RETRY_S = 1.0
 DISK_RETRY_S = 5.0
+FIGURES_S = 60.0  # between two lines of figures on the console, which is a file of the host's
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Welcome:
                 int(doc["port"]),
                 dict(doc["options"] or {}),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BadError(f"WELCOME is malformed: {type(error).__name__}: {error}") from error
 
     @property
@@ -82,7 +82,7 @@ class Welcome:
         """Whose records are believed: raw Ed25519 keys."""
         try:
             return [base64.b64decode(key, validate=True) for key in self.options["controller_keys"]]
-        except (KeyError, TypeError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BadError(f"WELCOME has no good options.controller_keys: {error!r}") from error
 
 
@@ -166,6 +166,8 @@ class Runtime:
         self._known: tuple[Any, Any] = (None, None)
         self._pumping = False
         self._ticked_s = -1.0
+        self._figures: dict[str, int] = {}
+        self._figures_s = 0.0
 
     async def run(self) -> None:
         """Run until cancelled. Raises what went wrong and was not expected."""
@@ -292,6 +294,7 @@ class Runtime:
         while True:
             self.call(lambda: None)
             self._follow_configuration()
+            self._say_figures()
             await asyncio.sleep(TICK_S)
 
     # ------------------------------------------------------------------------------------------------- out of the core
@@ -313,6 +316,8 @@ class Runtime:
                 self.durable.write(effect)
             case Certify():
                 self.durable.after(lambda: self.certifier.certify(effect))
+            case Sign() if not effect.waits:
+                self.certifier.sign(effect)
             case Sign():
                 self.durable.after(lambda: self.certifier.sign(effect), may_be_lost=True)
             case EndEpoch():
@@ -343,6 +348,17 @@ class Runtime:
         if wanted != self._known:
             self._known = wanted
             self.transport.configure(wanted[0].values(), wanted[1])
+
+    def _say_figures(self) -> None:
+        """What was refused, dropped and closed, and why: on the console, now and then, if it is something new."""
+        now_s = self._loop.time()
+        if now_s < self._figures_s:
+            return
+        self._figures_s = now_s + FIGURES_S
+        figures = {**self.counters, **self.transport.counters, **self.replica.status["counters"]}
+        if figures != self._figures:
+            self._figures = figures
+            self._log("figures", **figures)
 
     def _disk_trouble(self, state: str, fact: str) -> None:
         self._log("disk", state=state, fact=fact)

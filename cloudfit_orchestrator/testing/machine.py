@@ -224,7 +224,7 @@ class Machine:
             log=self.disk.records,
             snapshots=self.disk.found_snapshots(),
         )
-        self._drain()
+        self._drain(self.replica)
         for envelope in self.wormhole.greet():
             self.push_record(envelope)
         self._plan_tick()
@@ -298,17 +298,15 @@ class Machine:
                 self._told_s = now_s
                 replica.tick(now_s)
             action(replica)
+            self._drain(replica)
         except (AgreementError, ProtocolError, BadError, LookupError, ValueError):
             if self.correct:
                 raise
             self.crash()  # a core that its owner lied to may well stop
-            return
-        self._drain()
 
     # ------------------------------------------------------------------------------------------------------- effects
-    def _drain(self) -> None:
-        assert self.replica is not None
-        for effect in self.replica.effects():
+    def _drain(self, replica: Replica) -> None:
+        for effect in replica.effects():
             self.world.watch(self, effect)
             if self.behaviour is None:
                 self._queue.append(effect)
@@ -330,7 +328,8 @@ class Machine:
     def _pump(self) -> None:
         while self._queue and not self._syncing and self.replica is not None:
             effect = self._queue[0]
-            if isinstance(effect, Certify | Sign | EndEpoch) and self.disk.dirty:
+            waits = isinstance(effect, Certify | EndEpoch) or (isinstance(effect, Sign) and effect.waits)
+            if waits and self.disk.dirty:
                 self._sync()
                 return
             self._queue.popleft()
