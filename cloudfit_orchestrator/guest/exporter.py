@@ -7,7 +7,6 @@ has no keys but its TLS key, and speaks only with the peers that the controller 
 
 import asyncio
 import base64
-import binascii
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -45,6 +44,7 @@ from cloudfit_orchestrator.guest.wal import WriteAheadLog
 from cloudfit_orchestrator.model.errors import BadError
 
 MAX_LOG_BYTES = 64 << 20  # of log records kept in memory; more are counted and left on the disk
+RECORD_BYTES = 512  # what a record costs beyond its own bytes: a hostile log is made of the smallest
 MAX_LEARNERS = 8
 MAX_NAMED = 1024  # corrupt chunks named in the report: all chunks of one snapshot
 STATE_ERROR = Path("/run/cloudfit/state-error")  # init says there why it could not mount the disk
@@ -141,9 +141,9 @@ class OldDisk:
             log = WriteAheadLog(path, read_only=True)
             for data in log.records():
                 records += 1
-                if kept + len(data) > MAX_LOG_BYTES:
+                if kept + len(data) + RECORD_BYTES > MAX_LOG_BYTES:
                     continue
-                kept += len(data)
+                kept += len(data) + RECORD_BYTES
                 try:
                     self._take_entry(data, bodies)
                 except (BadError, ValueError):
@@ -223,7 +223,7 @@ class Exporter:
             elif body.get("op") == "forget":
                 self._learners.pop(str(body["peer_id"]), None)
             self._transport.configure(self._learners.values(), [])
-        except (KeyError, TypeError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError) as error:
             self.counters["bad command"] += 1
             machine.log("bad command", why=repr(error))
 

@@ -9,8 +9,9 @@ from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.journal import LogBatch, encode_entry
 from cloudfit_orchestrator.bft.messages import BatchMessage, Chunk, ChunkQuery, FetchBatches, StateIndex, StateQuery
 from cloudfit_orchestrator.bft.store import BUCKETS, StateStore, bucket_of, chunk_hash
-from cloudfit_orchestrator.bft.usig.journal import LogBody, LogUI
+from cloudfit_orchestrator.bft.usig.journal import LogBody, LogMessage, LogUI
 from cloudfit_orchestrator.bft.usig.messages import Fetch, StreamMessage
+from cloudfit_orchestrator.guest import exporter
 from cloudfit_orchestrator.guest.exporter import OldDisk
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
 from cloudfit_orchestrator.guest.wal import WriteAheadLog
@@ -113,3 +114,13 @@ def test_an_empty_disk_is_an_answer_too(tmp_path):
     assert list(disk.answer(StateQuery(b""))) == []
     assert list(disk.answer(ChunkQuery(bytes(32), (1,)))) == [Chunk(bytes(32), 1, b"", missing=True)]
     assert "log" in disk.found
+
+
+def test_a_log_of_a_million_tiny_records_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "MAX_LOG_BYTES", 1 << 20)
+    log = WriteAheadLog(tmp_path / "wal")
+    log.append([encode_entry(LogMessage(StreamMessage(1, "", cv, b"", b"", b""))) for cv in range(20_000)])
+    log.close()
+    disk = OldDisk.read(tmp_path, "r1")
+    assert disk.found["log_records"] == 20_000
+    assert 1000 < len(disk.streams) < (1 << 20) / 500
