@@ -23,6 +23,7 @@ import uvloop
 
 from cloudfit_orchestrator.bench.etcd_client import EtcdTarget
 from cloudfit_orchestrator.bench.latencies import histogram
+from cloudfit_orchestrator.bench.profiles import new_profile, top
 from cloudfit_orchestrator.controller.home import Home
 from cloudfit_orchestrator.gateway.client import Client
 from cloudfit_orchestrator.gateway.kv import KvClient
@@ -51,6 +52,7 @@ class Load:
     keys: int
     reads: int
     seed: int
+    profile: bool = False
 
     def order(self) -> dict[str, Any]:
         """As JSON."""
@@ -82,8 +84,13 @@ class Callers:
 
     async def run(self) -> dict[str, Any]:
         """All callers, to the last mark. Returns operations and latencies of each phase, and errors of all time."""
+        profile = new_profile()
+        if self._load.profile:
+            profile.enable()
         await asyncio.gather(*(self._caller() for _ in range(self._load.callers)))
+        profile.disable()
         return {
+            **({"profile": top(profile)} if self._load.profile else {}),
             "phases": [{"operations": len(p), "latencies_us": histogram(p)} for p in self._phases],
             "errors": self.errors,
             "first_error": self.first_error,

@@ -191,30 +191,44 @@ class Group:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """What each replica that runs counted since its start: see `replica.figures`. UnknownError if one is silent."""
+        return self._ask(signal.SIGUSR1, "figures")
+
+    def begin_profiles(self) -> None:
+        """Of all replicas' event loops."""
+        for _, pid in self.replicas:
+            os.kill(pid, signal.SIGUSR2)
+
+    def end_profiles(self) -> dict[str, list[dict[str, Any]]]:
+        """By replica, as `profiles.top` gives them. UnknownError if one is silent."""
+        return {replica: said["top"] for replica, said in self._ask(signal.SIGUSR2, "profile").items()}
+
+    def _ask(self, number: signal.Signals, event: str) -> dict[str, dict[str, Any]]:
+        """Signal all replicas and wait for the event that each logs then."""
         said: dict[str, dict[str, Any]] = {}
         for replica, pid in self.replicas:
             self._read[replica] = self._consoles[replica].stat().st_size
             try:
-                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, number)
             except ProcessLookupError as error:
                 raise UnknownError(f"replica {replica} has ended", next_command=self._last_words(replica)) from error
         deadline_s = time.monotonic() + FIGURES_S
         while len(said) < len(self.replicas):
             for replica, _ in self.replicas:
-                found = None if replica in said else self._said(replica)
+                found = None if replica in said else self._said(replica, event)
                 if found is not None:
                     said[replica] = found
             if time.monotonic() > deadline_s:
                 silent = [replica for replica, _ in self.replicas if replica not in said]
-                raise UnknownError(f"{', '.join(silent)} say no figures after {FIGURES_S:.0f} s")
+                raise UnknownError(f"{', '.join(silent)} log no {event} after {FIGURES_S:.0f} s")
             time.sleep(_POLL_S)
         return said
 
-    def _said(self, replica: str) -> dict[str, Any] | None:
+    def _said(self, replica: str, event: str) -> dict[str, Any] | None:
         with self._consoles[replica].open("rb") as console:
             console.seek(self._read[replica])
+            wanted = f'"event": "{event}"'.encode()
             for line in console.read().splitlines(keepends=True):
-                if line.endswith(b"\n") and b'"event": "figures"' in line:
+                if line.endswith(b"\n") and wanted in line:
                     found: dict[str, Any] = json.loads(line)
                     return found
         return None

@@ -66,6 +66,7 @@ class Parameters:
     against: str | None = None
     wan: str | None = None
     stop_slowest: bool = False
+    profile: bool = False
 
     def check(self) -> "Wan | None":
         """The regions. Raises BadInputError for what cannot be measured."""
@@ -121,6 +122,7 @@ def drive(
     *,
     seed: int,
     stopped: int | None = None,
+    profile: bool = False,
 ) -> Window:
     """One round. `sample` is called at both ends of what is counted; `stopped`: a process that stands still in the
     second half. Raises UnknownError.
@@ -132,7 +134,7 @@ def drive(
     asked = []
     for i, (worker, callers) in enumerate(zip(workers, shares(clients, len(workers)), strict=True)):
         if callers:
-            load = Load(callers, marks, parameters.payload, parameters.keys, parameters.reads, seed * 1000 + i)
+            load = Load(callers, marks, parameters.payload, parameters.keys, parameters.reads, seed * 1000 + i, profile)
             worker.tell(load.order())
             asked.append(worker)
     _until(begin_s)
@@ -274,7 +276,25 @@ class _Bench:
             point["ratio"] = round(point["ops_s"] / point["peer"]["ops_s"], 4) if point["peer"]["ops_s"] else None
         if self._wan is not None:
             point["regions"] = self._regions(ours)
+        if self._p.profile:
+            point["profile"] = self._profile(clients)
         return {**point, "rounds": rounds}
+
+    def _profile(self, clients: int) -> dict[str, Any]:
+        """One more round, whose figures nobody should believe: by replica and load generator, as `profiles.top`."""
+        self._say("profile", f"{clients} clients, one profiled round")
+        group = self._group
+        began: list[bool] = []
+
+        def sample() -> dict[str, Any]:
+            if began:
+                return group.end_profiles()
+            began.append(True)
+            group.begin_profiles()
+            return {}
+
+        window = drive(self._ours, clients, self._p, {}, sample, seed=self._next_seed(), profile=True)
+        return {**window.after, **{f"load{i}": answer["profile"] for i, answer in enumerate(window.answers)}}
 
     def _our_round(self, clients: int) -> dict[str, Any]:
         group, replicas = self._group, dict(self._group.replicas)
@@ -365,6 +385,7 @@ def run(parameters: Parameters, directory: Path, report: Report) -> dict[str, An
     `bytes_per_op` are bodies handed to the transport between replicas, before TLS. `fsyncs_per_s` are log rounds of all
     replicas, each one fdatasync. `ops_per_bundle`: as many of the callers' requests travelled together; at all of one
     process's callers the group has one batch of it at a time, and more processes show how it overlaps them.
-    `others_cpu_share` is what others than the round's processes used of the machine's cores.
+    `others_cpu_share` is what others than the round's processes used of the machine's cores. `profile`: if asked for,
+    of one round more, `profiles.top` of each replica's event loop and of each load generator.
     """
     return _Bench(parameters, directory, report).run()

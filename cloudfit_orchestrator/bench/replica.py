@@ -1,9 +1,11 @@
-"""A replica as it is measured: the very runtime of `guest`, which says its figures on its log at SIGUSR1, and dials its
-peers through a delay proxy where `--routes FILE` says so: JSON, {replica: {peer's replica: host:port}}.
+"""A replica as it is measured: the very runtime of `guest`, which says its figures on its log at SIGUSR1, and profiles
+its event loop from one SIGUSR2 to the next. It dials its peers through a delay proxy where `--routes FILE` says so:
+JSON, {replica: {peer's replica: host:port}}.
 """
 
 import argparse
 import asyncio
+import cProfile
 import json
 import signal
 import sys
@@ -12,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cloudfit_orchestrator.bench.profiles import new_profile, top
 from cloudfit_orchestrator.bft.situation import Peer
 from cloudfit_orchestrator.guest import machine, tls
 from cloudfit_orchestrator.guest.runtime import Runtime
@@ -57,6 +60,24 @@ def figures(runtime: Runtime) -> dict[str, Any]:
     }
 
 
+class Profiler:
+    """On, off and said, on again."""
+
+    def __init__(self) -> None:
+        """Off."""
+        self._profile: cProfile.Profile | None = None
+
+    def turn(self) -> None:
+        """To be called in the thread that is meant."""
+        if self._profile is None:
+            self._profile = new_profile()
+            self._profile.enable()
+        else:
+            self._profile.disable()
+            machine.log("profile", top=top(self._profile))
+            self._profile = None
+
+
 async def replica(where: machine.Machine, *, routes: dict[str, dict[str, str]]) -> None:
     """Run the replica of this machine."""
 
@@ -71,7 +92,9 @@ async def replica(where: machine.Machine, *, routes: dict[str, dict[str, str]]) 
         log=machine.log,
         make_transport=transport,
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: machine.log("figures", **figures(runtime)))
+    loop, profiler = asyncio.get_running_loop(), Profiler()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: machine.log("figures", **figures(runtime)))
+    loop.add_signal_handler(signal.SIGUSR2, profiler.turn)
     await runtime.run()
 
 

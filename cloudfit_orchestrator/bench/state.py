@@ -1,8 +1,6 @@
 """`bench state`: what a checkpoint costs by size of state, when the same number of keys changed since the last one."""
 
-import cProfile
 import os
-import pstats
 import random
 import shutil
 import tempfile
@@ -14,6 +12,7 @@ from typing import Any
 
 from cloudfit_orchestrator.bench.group import unhurried
 from cloudfit_orchestrator.bench.processes import machine_facts, real_disk, rss_mb
+from cloudfit_orchestrator.bench.profiles import new_profile, top
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.controller.ports import Progress
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
@@ -105,14 +104,9 @@ def checkpoint(state: State, changed: int) -> dict[str, float]:
 
 def profiled(state: State, changed: int) -> list[dict[str, Any]]:
     """The functions that one more checkpoint spent most CPU time in, itself each, most first."""
-    profile = cProfile.Profile(time.process_time)
+    profile = new_profile()
     profile.runcall(checkpoint, state, changed)
-    stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    most = sorted(stats.items(), key=lambda item: -item[1][2])[:TOP]
-    return [
-        {"function": f"{Path(file).name}:{line} {name}", "calls": calls, "own_ms": round(1000 * own_s, 2)}
-        for (file, line, name), (_, calls, own_s, _, _) in most
-    ]
+    return top(profile, TOP)
 
 
 def run(

@@ -62,6 +62,7 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 @click.option("--repeat", type=int, default=_DEFAULT.repeat, show_default=True, help="Rounds; medians are reported.")
 @click.option("--against", type=click.Choice(["etcd"]), help="Alternate rounds with this peer, three members.")
 @click.option("--wan", metavar="DELAYS", help="Regions and one-way delays: a-b:20ms,a-c:35ms,b-c:50ms.")
+@click.option("--profile", is_flag=True, help="One more round, profiled and not counted: where the CPU time goes.")
 @click.option("--stop-slowest", is_flag=True, help="With --wan: the farthest replica stands still for half of a round.")
 @_directory_option
 @format_option
@@ -104,12 +105,19 @@ def _print_points(found: dict[str, Any]) -> None:
             rows.append(["ratio", "", point["ratio"], *[""] * 8])
     print_table(["", "clients", *figures, *more, "errors"], rows)
     for point in points:
+        for name, rows in point.get("profile", {}).items():
+            click.echo(f"{name}, {point['clients']} clients:")
+            _print_profile(rows)
         for one in point["rounds"]:
             for who, seen in one.items():
                 if seen["errors"]:
                     click.echo(
                         f"{who}, {point['clients']} clients: {seen['errors']} errors: {seen['first_error']}", err=True
                     )
+
+
+def _print_profile(rows: list[dict[str, Any]]) -> None:
+    print_table(["function", "calls", "own_ms", "total_ms"], [list(row.values()) for row in rows])
 
 
 @bench_.command("state", epilog="Example: cloudfit bench state --sizes 10MB,100MB,1GB --changed 1000 -f json")
@@ -137,7 +145,7 @@ def bench_state(sizes: str, changed: int, value: int, repeat: int, directory: Pa
     for name, factor in found["growth"].items():
         verdict = "flat" if found["flat"][name] else "NOT flat"
         click.echo(f"{name}: {factor} times the CPU time from the smallest to the largest state: {verdict}")
-    print_table(["function", "calls", "own_ms"], [list(row.values()) for row in found["profile"]])
+    _print_profile(found["profile"])
 
 
 @bench_.command("plot", epilog="Example: cloudfit bench plot ebawa.json minbft.json -o curves.svg")

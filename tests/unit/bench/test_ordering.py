@@ -46,7 +46,7 @@ def bench(directory: Path, *arguments: str) -> dict:
 def test_a_group_beside_etcd(directory: Path) -> None:
     found = bench(
         directory, "--clients", "8", "--processes", "2", "--duration", "1", "--warmup", "0.5", "--repeat", "2",
-        "--reads", "30", "--keys", "10", "--against", "etcd",
+        "--reads", "30", "--keys", "10", "--against", "etcd", "--profile",
     )  # fmt: skip
     assert (found["schema"], found["bench"], found["good"], found["errors"]) == (1, "ordering", True, 0)
     assert found["machine"]["file_system"] not in ("tmpfs", "unknown")
@@ -62,6 +62,9 @@ def test_a_group_beside_etcd(directory: Path) -> None:
     assert found["bytes_per_op"] > 100  # each put's value travels to two replicas
     assert found["fsyncs_per_s"] > 0
     assert all(start > 10 and end > 10 for start, end in found["rss_mb"].values())
+    assert set(found["profile"]) == {"r0", "r1", "r2", "load0", "load1"}
+    assert any("runtime.py" in row["function"] for row in found["profile"]["r0"])
+    assert all(row["own_ms"] <= row["total_ms"] + 0.01 for rows in found["profile"].values() for row in rows)
     for one in found["rounds"]:  # all that callers were answered, replicas have executed, and nobody lied
         slots = {status["slot"] for status in one["ours"]["status"].values()}
         assert min(slots) > 0
