@@ -68,6 +68,10 @@ class World(Protocol):
         """All that was certified, judged: what an adversary who reads everything knows."""
         ...
 
+    def sever(self, machine: "Machine", rng: random.Random, for_s: float) -> None:
+        """An adversary who rules the network keeps correct replicas apart for a while; it still hears them all."""
+        ...
+
     def look(self) -> None:
         """Check what can be checked now: something has been said that may have broken it."""
         ...

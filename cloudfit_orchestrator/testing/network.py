@@ -67,6 +67,7 @@ class Network:
         self._ways: dict[tuple[str, str], random.Random] = {}
         self.weather = weather
         self._cuts: dict[str, tuple[frozenset[str], bool]] = {}  # name -> (hosts of one side, one way only)
+        self._severed: dict[str, tuple[frozenset[str], frozenset[str]]] = {}  # name -> hosts between which nothing goes
         self.in_flight = 0
         self.delivered = 0
         self.dropped = 0
@@ -75,12 +76,18 @@ class Network:
         """Frames between `side` and the rest are lost until this cut heals; `one_way`: only those from `side`."""
         self._cuts[name] = frozenset(side), one_way
 
+    def sever(self, name: str, some: Iterable[str], others: Iterable[str]) -> None:
+        """Frames between these two are lost; everybody else still reaches both."""
+        self._severed[name] = frozenset(some), frozenset(others)
+
     def heal(self, name: str | None = None) -> None:
         """Undo one cut, or all."""
         if name is None:
             self._cuts.clear()
+            self._severed.clear()
         else:
             self._cuts.pop(name, None)
+            self._severed.pop(name, None)
 
     def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
         """A frame from `source` to `target` (names of hosts). What is on its way when a partition begins is lost."""
@@ -116,5 +123,8 @@ class Network:
             if source in side and target not in side:
                 return False
             if target in side and source not in side and not one_way:
+                return False
+        for some, others in self._severed.values():
+            if (source in some and target in others) or (source in others and target in some):
                 return False
         return True

@@ -39,6 +39,8 @@ from cloudfit_orchestrator.testing.machine import Machine
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 
 PACE_S = 0.015  # mean time between two moves
+SEVER = 0.05  # share of moves that keep correct replicas apart for a while
+SEVERED_S = 0.25
 HIDDEN_S = 1.0  # mean time for which a message is kept from who is no victim
 MALICE = (0.0, 0.05, 0.2, 0.5)  # share of moves that break a rule
 LIES = (
@@ -97,6 +99,8 @@ class Puppet:
         stream = judge.streams[machine.identity.replica]
         if stream.ended is not None or stream.waiting:
             return  # nothing that follows would count; or it cannot be judged yet
+        if self._rng.random() < SEVER:
+            machine.world.sever(machine, self._rng, self._rng.expovariate(1 / SEVERED_S))
         lies = self._rng.random() < self._malice
         if lies:
             said = self._lie(machine, judge, stream.state)

@@ -6,6 +6,7 @@ by event; `campaign.py` runs many seeds, `shrink.py` makes a failed run small.
 
 import argparse
 import hashlib
+import random
 import sys
 import time
 import traceback
@@ -293,6 +294,16 @@ class Simulation:
             return self.checks.observer.advance()
         except AgreementError as error:
             raise FailedError("disagreement", f"of all that was certified: {error}") from error
+
+    def sever(self, machine: Machine, rng: random.Random, for_s: float) -> None:
+        """See `World`."""
+        correct = [m.identity.replica for m in self.group if m.correct]
+        if self.in_trouble and len(correct) > 1:
+            rng.shuffle(correct)
+            half = rng.randint(1, len(correct) - 1)
+            self.happened("attack:splits the network")
+            self.network.sever(machine.name, correct[:half], correct[half:])
+            self.schedule.after(for_s, lambda: self.network.heal(machine.name))
 
     def look(self) -> None:
         """See `World`."""
