@@ -70,8 +70,9 @@ class Volumes:
         self, owner: Ownership, kind: str, how: Mapping[str, Any], more: Mapping[str, str], *, attached: bool = False
     ) -> dict[str, Any]:
         tried = f"make the {kind} volume of {owner.name}"
+        place = self._place() if kind == STATE else {}
         body = {
-            "volume": {**how, **(self._place() if kind == STATE else {}), "name": owner.name, "metadata": metadata(owner, kind=kind, **more)},
+            "volume": {**how, **place, "name": owner.name, "metadata": metadata(owner, kind=kind, **more)},
         }
 
         def there() -> list[dict[str, Any]]:

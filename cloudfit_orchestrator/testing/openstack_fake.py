@@ -413,6 +413,10 @@ class FakeOpenStack:
             ):
                 raise Refuse(409, "Security Group in use.", "SecurityGroupInUse")
             del self.objects[kind][parts[1]]
+            rules = self.objects["security_group_rules"]  # they go with their group
+            self.objects["security_group_rules"] = {
+                i: r for i, r in rules.items() if r["security_group_id"] in self.objects["security_groups"]
+            }
             return 204, None
         return 200, {single: self._shown(found)}
 
