@@ -11,7 +11,7 @@ try:
 except ImportError:
     sys.exit("atheris is not installed: .venv/bin/pip install -e '.[fuzz]'")
 
-from tests.fuzz.corpus import TARGETS, folder
+from tests.fuzz.corpus import TARGETS, adopt, folder
 
 MAX_BYTES = 4096  # larger inputs say little more, and slow the fuzzer down
 MAX_RSS_MIB = 1500  # an input that needs more is a finding
@@ -19,14 +19,18 @@ MAX_RUN_S = 20  # so is one that takes longer
 
 
 def main() -> None:
-    """Never returns: libFuzzer ends the process, with 77 (and the input in `--findings`) if it found something."""
+    """Fuzzing never returns: libFuzzer ends the process, by 77 (and an input in `--findings`) if something broke."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, help="keep the inputs that reach new code here (default: thrown away)")
+    parser.add_argument("--adopt", action="store_true", help="do not fuzz: copy the smallest of --work to the corpus")
     parser.add_argument("--findings", type=Path, default=Path(), help="where an input that breaks the target goes")
     arguments = parser.parse_args()
+    if arguments.adopt:
+        print(f"{adopt(arguments.target, arguments.work)} inputs")
+        return
     with atheris.instrument_imports(include=["cloudfit_orchestrator"], enable_loader_override=False):
         target = importlib.import_module(f"tests.fuzz.fuzz_{arguments.target}")
     work = arguments.work or Path(tempfile.mkdtemp(prefix="cf-fuzz-corpus-"))
