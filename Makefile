@@ -11,12 +11,13 @@ TARGETS := answers channel control core disk envelopes frames messages spec
 .DEFAULT_GOAL := help
 # One after the other: the linters before the tests, the quick tests before the machines.
 .NOTPARALLEL:
-.PHONY: help setup python demo test lint unit fuzz vm openstack-lab openstack-lab-down test-openstack clean
+.PHONY: help setup python demo test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
 	@echo 'make test    linters, types, unit tests, simulation, tests on real machines'
 	@echo 'make lint | unit | vm    the parts of make test'
+	@echo 'make model   check the models of the protocol (TRAIL=setting: show one and its violation)'
 	@echo 'make openstack-lab       two real OpenStack clouds on this machine (CLOUDS="lisbon passau scale", LAB=directory)'
 	@echo 'make openstack-lab-down  stop them'
 	@echo 'make test-openstack      tests against them'
@@ -47,6 +48,9 @@ unit: python
 fuzz: python
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet -e '.[fuzz]'
 	for target in $(TARGETS); do $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1; done
+
+model: python
+	$(if $(TRAIL),$(BIN)/python -m tests.model.spin $(TRAIL),$(BIN)/pytest -n $(JOBS) tests/model)
 
 vm: setup
 	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m 'vm or image'
