@@ -15,6 +15,7 @@ from cloudfit_orchestrator.guest import segments, snapshots, storage
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
 from cloudfit_orchestrator.guest.storage import DiskFullError
 from cloudfit_orchestrator.model.errors import BadError
+from tests.unit.guest.crashes import Crash, CrashDisk
 
 
 def store_of(count: int, value: bytes = b"value") -> StateStore:
@@ -257,3 +258,92 @@ def test_a_full_disk_leaves_the_older_snapshots(tmp_path, monkeypatch):
     assert sum(written(tmp_path).values()) == size, "the failed save left nothing"
     files.save(1, 128, store.snapshot())
     assert set(SnapshotFiles(tmp_path).load()) == {(1, 64), (1, 128)}
+
+
+def live(directory, names, confirm, drop):
+    """A short life of a replica's snapshots: changes, saves, drops, a restart. `confirm` hears what is durable."""
+    dice = random.Random(3)
+    store, files = StateStore(), SnapshotFiles(directory)
+    for name in names:
+        store.put(name, bytes(60))
+    for slot in range(12):
+        for name in dice.sample(names, 5):
+            store.put(name, dice.randbytes(60))
+        snapshot = store.snapshot()
+        files.save(1, slot, snapshot)
+        confirm((1, slot), snapshot)
+        keep = [(1, slot), (1, slot - 1)]
+        drop(keep)
+        files.keep_only(keep)
+        if slot == 6:
+            files = SnapshotFiles(directory)
+            files.load()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_crash_at_any_step_loses_no_snapshot_that_was_saved(tmp_path, monkeypatch, seed):
+    for module in (segments, snapshots):
+        monkeypatch.setattr(module, "SEGMENT_BYTES", 2048)
+    names = names_in([1, 2], 40)
+    crash_at, crashed, unfinished = 0, True, 0
+    while crashed:
+        crash_at += 1
+        directory = tmp_path / f"before-{crash_at}"
+        directory.mkdir()
+        disk = CrashDisk(directory, seed * 1000 + crash_at)
+        disk.crash_at = crash_at
+        durable, begun = {}, {}
+
+        def confirm(key, snapshot, durable=durable, begun=begun):
+            durable[key] = begun[key] = snapshot
+
+        def drop(keep, durable=durable):
+            for key in durable.keys() - set(keep):
+                del durable[key]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", disk.fsync)
+            try:
+                live(directory, names, confirm, drop)
+                crashed = False
+            except Crash:
+                pass
+        if crashed:
+            where = disk.restart(tmp_path / f"after-{crash_at}")
+            files = SnapshotFiles(where)
+            loaded = files.load()
+            assert durable.items() <= loaded.items(), f"crash at fsync {crash_at}"
+            assert all(begun[key] == snapshot for key, snapshot in loaded.items() if key in begun)
+            unfinished += len(loaded.keys() - begun.keys())
+            store = StateStore.from_snapshot(loaded[max(loaded)]) if loaded else StateStore()
+            store.put(names[0], b"life goes on")
+            files.save(2, 0, store.snapshot())
+            files.keep_only([(2, 0)])
+            again = SnapshotFiles(where)
+            assert again.load() == {(2, 0): store.snapshot()}
+            assert again.damaged == []
+    assert crash_at > 30, "every step was crashed at"
+    assert unfinished, "sometimes the index was there, unsaid"
+
+
+def test_the_crash_test_finds_a_missing_fsync(tmp_path, monkeypatch):
+    """Its disk forgets what is not synced: without the fsync of segments a saved snapshot is lost."""
+    names = names_in([1, 2], 40)
+    lost = 0
+    for crash_at in range(2, 12):
+        directory = tmp_path / f"before-{crash_at}"
+        directory.mkdir()
+        disk, durable = CrashDisk(directory, crash_at), {}
+        disk.crash_at = crash_at
+
+        def fsync(fd, disk=disk):
+            if "segment" not in str(Path(f"/proc/self/fd/{fd}").readlink()):
+                disk.fsync(fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises(Crash):
+                live(directory, names, durable.__setitem__, lambda keep, d=durable: [d.pop(k) for k in d.keys() - keep])
+        loaded = SnapshotFiles(disk.restart(tmp_path / f"after-{crash_at}")).load()
+        lost += not durable.items() <= loaded.items()
+    assert lost
