@@ -146,9 +146,14 @@ class Troubles:
         if machine is None or not self.may_fail(machine):
             return
         self.faulty.add(machine.identity.replica)
-        if trouble.draw % 2:
+        if trouble.draw % 3 == 0:
             self._done(trouble, "lease")
             machine.wormhole.lapse()
+        elif trouble.draw % 3 == 1:
+            self._done(trouble, "snapshots damaged")
+            machine.crash()
+            machine.disk.snapshots.clear()  # no chunk of them is what its index says: they are not there
+            self._boot_later(machine, 0.1)
         else:
             self._done(trouble, "keys lost")
             machine.wormhole.lose_keys()
