@@ -16,7 +16,8 @@ from cloudfit_orchestrator.bft.messages import (
     StateIndex,
     StateQuery,
 )
-from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, chunk_hash, root_of
+from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, decode_chunk, root_of
+from cloudfit_orchestrator.bft.trie import Node
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 
@@ -65,11 +66,11 @@ class Transfer:
         self.root = root
         self.figures = Figures()
         self._local = local
-        self._known = {chunk_hash(data): data for data in before.chunks.values()} if before is not None else {}
+        self._known = {node[0]: node for node in before.chunks.values()} if before is not None else {}
         self._news_s = 0.0
         self._send = send
         self._hashes: list[bytes] = []
-        self.chunks: dict[int, bytes] = {}
+        self.chunks: dict[int, Node] = {}  # decoded and checked as they come: the result is there with the last one
         self._asked: dict[str, tuple[float, set[int]]] = {}  # source -> (when, chunks outstanding)
         self._refused: dict[str, set[int]] = {}  # source -> chunks it cannot give, or gave wrong
         self._index_asked_s = -1e9
@@ -93,8 +94,8 @@ class Transfer:
         return now_s - self._news_s > STALLED_S
 
     def result(self) -> Snapshot:
-        """The state. Raises BadError if a chunk with the right hash is not canonical: then the root never was."""
-        return Snapshot.from_chunks([self.chunks[i] for i in range(BUCKETS)])
+        """The state. It shares with the local one what they have in common."""
+        return Snapshot([self.chunks[i] for i in range(BUCKETS)])
 
     def tick(self, now_s: float, peers: list[str], exporters: list[str]) -> None:
         """Ask for what is missing; exporters first, each peer for its share."""
@@ -168,7 +169,7 @@ class Transfer:
         self._hashes = hashes
         for i, known in enumerate(self._local.chunk_hashes):
             if known == hashes[i]:
-                self.chunks[i] = self._local.chunk(i)
+                self.chunks[i] = self._local.buckets[i]
                 self.figures.kept += 1
             elif hashes[i] in self._known:
                 self.chunks[i] = self._known[hashes[i]]
@@ -194,12 +195,21 @@ class Transfer:
             self._refused.setdefault(source, set()).add(index)
             self.figures.absent[source] += 1
             return None
-        if chunk_hash(message.data) != self._hashes[index]:
+        node = _decoded(message.data, index)
+        if node is None or node[0] != self._hashes[index]:
             self._refused.setdefault(source, set()).add(index)
             blame = Blame(index, source)
             self.figures.corrupt.append(blame)
             return blame
-        self.chunks[index] = message.data
+        self.chunks[index] = node
         self.figures.fetched[source] += 1
         self.figures.bytes[source] += len(message.data)
+        return None
+
+
+def _decoded(data: bytes, index: int) -> Node | None:
+    """The content of a chunk, None if it is not canonical: then no certified root has it."""
+    try:
+        return decode_chunk(data, index)
+    except BadError:
         return None
