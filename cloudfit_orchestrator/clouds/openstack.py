@@ -135,6 +135,9 @@ class OpenStackCloud(Cloud):
         """A creation failed for good: nothing of it stays. What cannot be removed now is an orphan, listed as such."""
         try:
             self._clear(owner)
+            for port, reserved in self.network.reserved(owner.deployment):
+                if reserved == Reservation.of(owner):
+                    self.network.remove_port(port)
         except CloudfitError:
             return  # the error that is under way says why; this one would hide it
 

@@ -354,12 +354,13 @@ class Api:
             return PermanentError(
                 f"{where}: TLS: {_said(str(error))}", next_command="check cacert in clouds.yaml, and the certificate"
             )
-        if isinstance(error, what.EndpointNotFound | what.EmptyCatalog | openstack.exceptions.EndpointNotFound):
+        absent = openstack.exceptions.EndpointNotFound | openstack.exceptions.ServiceDisabledException
+        if isinstance(error, what.EndpointNotFound | what.EmptyCatalog | absent):
             return PermanentError(
                 f"{where}: the catalogue has no endpoint for {service or 'it'} in the region",
                 next_command=f"openstack --os-cloud {self.cloud} catalog list",
             )
-        if isinstance(error, openstack.exceptions.ServiceDisabledException | openstack.exceptions.NotSupported):
+        if isinstance(error, openstack.exceptions.NotSupported):
             return PermanentError(f"{where}: {_said(str(error))}", next_command=doctor)
         if isinstance(error, what.MissingRequiredOptions | what.NoMatchingPlugin | what.OptionError):
             return BadInputError(f"{where}: its auth section is not complete", next_command="correct clouds.yaml")

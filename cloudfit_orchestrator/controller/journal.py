@@ -321,6 +321,10 @@ class Journal:
         """The cloud gave it an id."""
         self._set_machine(row, "machine_id=?, state='created'", machine_id)
 
+    def move_machine(self, row: MachineRow, host: str) -> None:
+        """It gets another address; only while it is planned."""
+        self._set_machine(row, "host=?", host)
+
     def machine_admitted(self, row: MachineRow, launch: str) -> None:
         """An agent measured it: its launch certificate (envelope)."""
         self._set_machine(row, "launch=?", launch)

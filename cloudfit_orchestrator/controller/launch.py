@@ -130,17 +130,19 @@ def launch(
 
 def _plan(context: Context, operation: Operation, cloud: CloudSpec, replica: str, role: Role) -> MachineRow:
     """The planned machine. Where the cloud chooses addresses, it is asked before the plan is written."""
-    planned = any(
-        (m.operation, m.replica, m.role) == (operation.id, replica, role.value)
-        for m in context.journal.machines(operation.group, gone=True)
-    )
+    rows = context.journal.machines(operation.group, gone=True)
+    wanted = (operation.id, replica, role.value)
+    planned = next((m for m in rows if (m.operation, m.replica, m.role) == wanted), None)
     host = None
-    if not planned:
+    if planned is None or planned.stage is MachineStage.PLANNED:
         context.check_cancelled()
         deployment, driver = context.journal.deployment, context.sites.cloud(cloud)
         host = driver.reserve_address(deployment, operation.group, replica, role, operation.id)
     place = (lambda _: (host, REPLICA_PORT)) if host else _placer(context, cloud)
-    return context.journal.plan_machine(operation, replica, role.value, cloud.name, place)
+    row = context.journal.plan_machine(operation, replica, role.value, cloud.name, place)
+    if host and host != row.host:  # an attempt that failed gave the address back, and nobody has heard of it yet
+        context.journal.move_machine(row, host)
+    return replace(row, host=host or row.host)
 
 
 def let_in(context: Context, spec: GroupSpec) -> None:
