@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,8 +41,18 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[i
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:
-    """SIGTERM ends a measurement as Ctrl-C does: with everything torn down."""
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends a measurement as Ctrl-C does: with everything torn down, and nothing to go on with."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("cloudfit: interrupted; what the measurement made is gone", err=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 @bench_.command(
@@ -77,8 +89,8 @@ def bench_ordering(
     together; others_cpu_share tells how much of the machine somebody else used meanwhile.
     """
     parameters = ordering.Parameters(sweep=sweep or (clients,), duration_s=duration, warmup_s=warmup, **others)
-    signal.signal(signal.SIGTERM, _interrupt)
-    found = ordering.run(parameters, directory.absolute(), show_progress)
+    with _interruptible():
+        found = ordering.run(parameters, directory.absolute(), show_progress)
     if form == "json":
         print_json(found)
     else:
@@ -131,10 +143,10 @@ def _print_profile(rows: list[dict[str, Any]]) -> None:
 def bench_state(sizes: str, changed: int, value: int, repeat: int, directory: Path, form: str) -> None:
     """What a checkpoint costs by size of state: digest and snapshot, and what is written to disk."""
     wanted = [state.parse_size(text) for text in sizes.split(",")]
-    signal.signal(signal.SIGTERM, _interrupt)
-    found = state.run(
-        wanted, changed, value=value, repeat=repeat, directory=directory.absolute(), report=show_progress
-    )  # fmt: skip
+    with _interruptible():
+        found = state.run(
+            wanted, changed, value=value, repeat=repeat, directory=directory.absolute(), report=show_progress
+        )
     if form == "json":
         print_json(found)
         return

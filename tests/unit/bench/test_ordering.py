@@ -98,6 +98,7 @@ def test_ctrl_c_leaves_nothing_behind(directory: Path) -> None:
     finally:
         process.kill()
     assert processes_in(directory) == []
+    assert b"what the measurement made is gone" in (directory / "err").read_bytes()
     (directory / "err").unlink()
 
 

@@ -39,6 +39,9 @@ def test_only_what_changed_is_written(directory: Path) -> None:
     measured = state.State(2 * 10**6, 1000, directory)
     few, many = state.checkpoint(measured, 1), state.checkpoint(measured, 1000)
     assert 0 < few["written_mb"] < many["written_mb"] / 20
+    for _ in range(state.KEPT):
+        measured.save()
+    assert len(measured._files.indexes) == state.KEPT, "old snapshots go, as a replica lets them go"
 
 
 @pytest.mark.parametrize("text", ["", "MB", "10", "-1MB", "10TB", "1KB", "5GB", "1.5GB"])
