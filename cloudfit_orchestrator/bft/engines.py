@@ -18,6 +18,7 @@ ENTRY_POINT = "cloudfit.ordering"
 BUILT_IN: dict[str, str] = {
     Algorithm.EBAWA: "cloudfit_orchestrator.bft.usig.ordering:UsigOrdering",
     Algorithm.MINBFT: "cloudfit_orchestrator.bft.usig.ordering:UsigOrdering",
+    Algorithm.PBFT: "cloudfit_orchestrator.bft.pbft.ordering:PbftOrdering",
 }
 
 

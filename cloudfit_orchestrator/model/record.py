@@ -38,10 +38,16 @@ class Algorithm(StrEnum):
 
     EBAWA = "ebawa"
     MINBFT = "minbft"
+    PBFT = "pbft"
 
 
 WITH_WORMHOLE = frozenset({Algorithm.EBAWA, Algorithm.MINBFT})  # a wormhole numbers their messages: 2f+1 are enough
 _ALGORITHM_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def quorums_of(algorithm: str, n: int, f: int, k: int) -> Quorums:
+    """The row of protocol §1 for that algorithm. Raises BadInputError if n is too small for f and k."""
+    return quorums(n, f, k) if algorithm in WITH_WORMHOLE else quorums_without_wormhole(n, f, k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +131,7 @@ class ConfigRecord:
         """Qc and Qv of this configuration. Of an engine from elsewhere nothing is known but that it works without a
         wormhole's counter: those quorums are safe for any.
         """
-        table = quorums if self.algorithm in WITH_WORMHOLE else quorums_without_wormhole
-        return table(self.n, self.f, self.k)
+        return quorums_of(self.algorithm, self.n, self.f, self.k)
 
     @property
     def confirmations_needed(self) -> int:

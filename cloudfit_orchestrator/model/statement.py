@@ -18,6 +18,7 @@ class Kind(IntEnum):
     REQ = 4  # target view u64
     DECIDED = 5  # slot u64 ‖ digest of the batch 32
     CONFIRM = 6  # H(PREPARED) 32 ‖ h u64 ‖ state digest 32
+    PBFT = 7  # digest of a message of the PBFT engine 32
 
 
 LAYOUT: dict[Kind, struct.Struct] = {
@@ -27,6 +28,7 @@ LAYOUT: dict[Kind, struct.Struct] = {
     Kind.REQ: struct.Struct(">Q"),
     Kind.DECIDED: struct.Struct(">Q32s"),
     Kind.CONFIRM: struct.Struct(">32sQ32s"),
+    Kind.PBFT: struct.Struct(">32s"),
 }
 BEFORE_ACTIVE = frozenset({Kind.CONFIRM})  # what may be signed under c' before ACTIVE(c'); CHANNEL is a certificate
 

@@ -12,13 +12,14 @@ from functools import partial
 import msgspec
 
 from cloudfit_orchestrator.bft.effects import Answer, Certify, Effect, Send, Sign
-from cloudfit_orchestrator.bft.messages import BatchMessage, Chunk, StatementMessage, encode
+from cloudfit_orchestrator.bft.messages import BatchMessage, Chunk, Frozen, StatementMessage, encode, peer_decoder
+from cloudfit_orchestrator.bft.pbft import messages as pbft
+from cloudfit_orchestrator.bft.usig import messages as usig
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Entry,
     Header,
     NewView,
-    PeerMessage,
     Prepare,
     Req,
     Skip,
@@ -29,7 +30,9 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_peer,
 )
 from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.model.record import WITH_WORMHOLE
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
+from cloudfit_orchestrator.testing import pbft_behaviours
 from cloudfit_orchestrator.testing.machine import Behaviour, Machine
 from cloudfit_orchestrator.testing.puppet import LIES, Puppet
 from cloudfit_orchestrator.wormhole.refusal import Refusal
@@ -50,6 +53,9 @@ class Deaf:
         """See `Behaviour`."""
 
 
+decode = peer_decoder(usig.MESSAGES + pbft.MESSAGES)  # any message of a member, whatever its engine
+
+
 class OnSend(Deaf):
     """Base of behaviours that change what is sent to peers, and nothing else."""
 
@@ -59,12 +65,12 @@ class OnSend(Deaf):
         if not isinstance(effect, Send):
             return [(0, effect)]
         try:
-            message = decode_peer(effect.body)
+            message = decode(effect.body)
         except BadError:  # another behaviour's garbage
             return [(0, effect)]
         return self.send(effect, message)
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """What is done in place of `effect`, whose body is `message`."""
         raise TypeError(f"{type(self).__name__} does not say what it does with {effect} and {message}")
 
@@ -86,7 +92,7 @@ class SelectiveSend(OnSend):
         super().__init__(rng)
         self._left_out: dict[str, float] = {}
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         del message
         rate = self._left_out.setdefault(effect.peer, self._rng.choice([0.0, 0.5, 0.9, 1.0]))
@@ -96,11 +102,11 @@ class SelectiveSend(OnSend):
 class WithholdBatches(OnSend):
     """Proposes, but shows the batch to few, and never hands one out when asked."""
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         if isinstance(message, BatchMessage):
             return []
-        if isinstance(message, StreamMessage) and message.batch and self._rng.random() < 0.7:
+        if isinstance(message, StreamMessage | pbft.Vote) and message.batch and self._rng.random() < 0.7:
             return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, batch=b""))))]
         return [(0, effect)]
 
@@ -108,7 +114,7 @@ class WithholdBatches(OnSend):
 class WrongBatches(OnSend):
     """Attaches other batches than the one that its PREPARE names."""
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         if isinstance(message, StreamMessage) and message.batch and self._rng.random() < 0.5:
             return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, batch=b"\x91\xc4\x01x"))))]
@@ -118,7 +124,7 @@ class WrongBatches(OnSend):
 class WrongPayloads(OnSend):
     """Shows NEW-VIEWs with another payload than the one that was certified."""
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         if isinstance(message, StreamMessage) and message.payload and self._rng.random() < 0.7:
             return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, payload=b"\x92\x90\x90"))))]
@@ -133,7 +139,7 @@ class DelaysUIs(OnSend):
         super().__init__(rng)
         self._late_s = rng.choice([0.1, 0.5, 2.0])
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         return [(self._late_s if isinstance(message, StreamMessage) else 0, effect)]
 
@@ -141,7 +147,7 @@ class DelaysUIs(OnSend):
 class CorruptChunks(OnSend):
     """Hands out wrong state."""
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         if isinstance(message, Chunk) and self._rng.random() < 0.5:
             return [(0, Send(effect.peer, encode(msgspec.structs.replace(message, data=message.data + b"\0"))))]
@@ -156,7 +162,7 @@ class NeverProposes(OnSend):
         super().__init__(rng)
         self._left = rng.randint(0, 20)
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         if isinstance(message, StreamMessage) and _is_prepare(message):
             self._left -= 1
@@ -180,7 +186,7 @@ class Replays(OnSend):
         super().__init__(rng)
         self._kept: deque[bytes] = deque(maxlen=MAX_KEPT)
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         del message
         self._kept.append(effect.body)
@@ -191,7 +197,7 @@ class Replays(OnSend):
 class Garbage(OnSend):
     """Adds frames of random bytes, and frames with a few bytes changed."""
 
-    def send(self, effect: Send, message: PeerMessage) -> Done:
+    def send(self, effect: Send, message: Frozen) -> Done:
         """See `OnSend`."""
         del message
         if self._rng.random() < 0.9:
@@ -372,6 +378,20 @@ STRONGEST: dict[str, Callable[[random.Random], Behaviour]] = {
 }
 
 
+# Of the behaviours above, those that mean something to an engine without streams; more are in `pbft_behaviours.py`.
+_SHARED = [
+    "silent",
+    "selective",
+    "withhold",
+    "wrong-statements",
+    "crowds-checkpoints",
+    "replays",
+    "corrupt-chunks",
+    "garbage",
+]
+WITHOUT_WORMHOLE = {name: ALL[name] for name in _SHARED} | pbft_behaviours.ALL
+
+
 class Together:
     """Several behaviours, each applied to what the ones before it leave. `acted` is told when one does something of
     its own: its name, what it leaves out, and what it does instead.
@@ -400,8 +420,10 @@ class Together:
         return found
 
 
-def choose(rng: random.Random) -> tuple[str, ...]:
-    """The names of some behaviours."""
+def choose(rng: random.Random, algorithm: str) -> tuple[str, ...]:
+    """The names of some behaviours of members that order by `algorithm`."""
+    if algorithm not in WITH_WORMHOLE:
+        return tuple(sorted(rng.sample(sorted(WITHOUT_WORMHOLE), rng.choice([1, 1, 2, 3]))))
     if rng.random() < PUPPETS:
         return (rng.choice(["puppet", rng.choice(sorted(STRONGEST))]),)
     return tuple(sorted(rng.sample(sorted(ALL), rng.choice([1, 1, 2, 3]))))
@@ -411,4 +433,5 @@ def together(
     names: Iterable[str], rng: random.Random, acted: Callable[[str, Effect, Done], None] = lambda *_: None
 ) -> Together:
     """Behaviours by name."""
-    return Together({name: {**ALL, **STRONGEST}[name](rng) for name in names}, acted)
+    known = ALL | STRONGEST | WITHOUT_WORMHOLE
+    return Together({name: known[name](rng) for name in names}, acted)

@@ -139,14 +139,13 @@ class Checks:
         """All that can be told now."""
         self._sampled = self.observer.certified_count
         try:
-            if self._world.judge() is None:
-                return
-            self.observer.check_streams(self._counting())
-            for machine in self._world.group:
-                theirs = machine.configuration
-                if machine.correct and theirs is not None:
-                    self.observer.check_judge(machine.name, theirs)
-            self.observer.look_ahead()
+            if self._world.judge() is not None:
+                self.observer.check_streams(self._counting())
+                for machine in self._world.group:
+                    theirs = machine.configuration
+                    if machine.correct and theirs is not None:
+                        self.observer.check_judge(machine.name, theirs)
+                self.observer.look_ahead()
         except FindingError as finding:
             raise FailedError(finding.kind, str(finding)) from finding
         self._check_epochs()

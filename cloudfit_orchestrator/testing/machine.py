@@ -184,7 +184,11 @@ class Machine:
         return self._arrived < self._requests
 
     def has_log(self, c: int, replica: str, cv: int) -> bool:
-        """Whether its core holds, and has judged, the whole log of that stream of epoch c up to counter `cv`."""
+        """Whether its core holds, and has judged, the whole log of that stream of epoch c up to counter `cv`. Where
+        there are no streams a stopped member votes by what it has signed, and nothing is to be read.
+        """
+        if self.replica is not None and self.configuration is None:
+            return bool(self.replica.status["c"] == c)
         configuration = self.configuration
         if configuration is None or configuration.record.c != c:
             return False

@@ -32,7 +32,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_merge,
 )
 from cloudfit_orchestrator.bft.usig.stream import Kept, Stream
-from cloudfit_orchestrator.model.record import ConfigRecord, record_hash
+from cloudfit_orchestrator.model.record import WITH_WORMHOLE, ConfigRecord, record_hash
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, Verifier
 from cloudfit_orchestrator.model.statement import Kind
 
@@ -68,8 +68,10 @@ class Observer:
 
     # ---------------------------------------------------------------------------------------------------- what it sees
     def begin(self, record: ConfigRecord, envelope: bytes) -> None:
-        """The record is ACTIVE: its epoch is about to open, those before it are closed."""
-        self.judge = Configuration(record, record_hash(envelope), self._verifier, self._controllers)
+        """The record is ACTIVE: its epoch is about to open, those before it are closed. Only streams have a judge."""
+        self.judge = None
+        if record.algorithm in WITH_WORMHOLE:
+            self.judge = Configuration(record, record_hash(envelope), self._verifier, self._controllers)
         self._unknown.clear()
         self._told.clear()
 
@@ -82,7 +84,7 @@ class Observer:
                 entry = decode_entry(effect.record)
                 assert isinstance(entry, LogBatch)
                 self._batches[batch_digest(entry.batch)] = entry.batch
-        elif isinstance(effect, Certify) and effect.digest not in self._bodies:
+        elif self.judge is not None and isinstance(effect, Certify) and effect.digest not in self._bodies:
             entry = decode_entry(self._last_append[machine])
             if isinstance(entry, LogBody) and entry.cv == effect.cv:
                 self.body(effect.digest, entry.header, entry.payload)
@@ -106,6 +108,7 @@ class Observer:
     def signed(self, replica: str, c: int, kind: Kind, body: bytes, signature: bytes) -> None:
         """A wormhole signed a statement."""
         judge = self.judge
+        self.certified_count += kind is Kind.PBFT
         if judge is not None and c == judge.record.c and kind in (Kind.CHECKPOINT, Kind.REQ):
             judge.statements.add(StatementMessage(c, replica, kind, body, signature), 0)
 

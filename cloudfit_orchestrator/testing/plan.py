@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cloudfit_orchestrator.model.errors import BadInputError
-from cloudfit_orchestrator.model.quorum import quorums
-from cloudfit_orchestrator.model.record import Algorithm, Parameters
+from cloudfit_orchestrator.model.record import WITH_WORMHOLE, Algorithm, Parameters, quorums_of
 from cloudfit_orchestrator.testing import behaviours
 from cloudfit_orchestrator.testing.profiles import MIXED, PUPPETS, Profile, profile_of
 
@@ -100,15 +99,23 @@ class Plan:
         )
 
 
-def rows(n: int) -> list[tuple[int, int]]:
+def most_faults(algorithm: str, n: int) -> int:
+    """The largest f of n members."""
+    return (n - 1) // (2 if algorithm in WITH_WORMHOLE else 3)
+
+
+def rows(n: int, algorithm: str) -> list[tuple[int, int]]:
     """(f, k) of the rows of protocol §1 that n members make exactly."""
+    if algorithm not in WITH_WORMHOLE:
+        found = [(f, k) for f in range(1, n) for k in range(n) if n == 3 * f + 2 * k + 1]
+        return found or [(most_faults(algorithm, n), 0)]
     found = [
         (f, k)
         for f in range(1, n)
         for k in range(n)
         if n in ((2 * f + k + 1, 2 * f + 2 * k + 1) if k else (2 * f + 1,))
     ]
-    return found or [((n - 1) // 2, 0)]
+    return found or [(most_faults(algorithm, n), 0)]
 
 
 def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | None = None) -> Plan:
@@ -120,8 +127,8 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
     if n < 2:
         raise BadInputError(f"a group of {n} tolerates nothing", next_command="simulate 3 replicas or more")
     changes = changes or {}
-    f, k = stream("row").choice(rows(n)) if name in (MIXED, PUPPETS) else ((n - 1) // 2, 0)
-    quorums(n, f, k)
+    f, k = stream("row").choice(rows(n, algorithm)) if name in (MIXED, PUPPETS) else (most_faults(algorithm, n), 0)
+    quorums_of(algorithm, n, f, k)
     profile = profile_of(name, stream("profile"), changes)
     replicas = [f"r{i}" for i in range(n)]
     lapses = min(profile.lapses, f)
@@ -129,8 +136,11 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
     taken = shuffled[: f - lapses] if profile.byzantine else []
     attacks = stream("attacks")
     fixed = tuple(profile.attacks.split("+")) if profile.attacks else ()
-    if not set(fixed) <= behaviours.ALL.keys() | behaviours.STRONGEST.keys():
-        known = ", ".join(sorted(behaviours.ALL.keys() | behaviours.STRONGEST.keys()))
+    if name == PUPPETS and algorithm not in WITH_WORMHOLE:
+        fixed = ()  # puppets speak in streams
+    every = behaviours.ALL.keys() | behaviours.STRONGEST.keys() | behaviours.WITHOUT_WORMHOLE.keys()
+    if not set(fixed) <= every:
+        known = ", ".join(sorted(every))
         raise BadInputError(f"{profile.attacks} is not all attacks", next_command=f"choose among {known}")
     return Plan(
         seed=seed,
@@ -142,9 +152,9 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
         profile=profile,
         changes=changes,
         parameters=parameters(stream("parameters")),
-        taken={replica: fixed or behaviours.choose(attacks) for replica in taken},
+        taken={replica: fixed or behaviours.choose(attacks, algorithm) for replica in taken},
         next_attacks=tuple(
-            fixed or behaviours.choose(attacks) for _ in range(profile.replacements if profile.mobile else 0)
+            fixed or behaviours.choose(attacks, algorithm) for _ in range(profile.replacements if profile.mobile else 0)
         ),
         troubles=tuple(_troubles(stream, profile, replicas, taken, shuffled[::-1][:lapses])),
     )

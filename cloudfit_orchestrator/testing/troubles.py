@@ -183,8 +183,14 @@ class Troubles:
         def reshaped() -> None:
             self._replacing = False
 
-        self._world.controller.reshape(parameters(rng), rng.choice(list(Algorithm)), reshaped)
+        self._world.controller.reshape(parameters(rng), rng.choice(self._algorithms()), reshaped)
         self._maybe_supersede(rng)
+
+    def _algorithms(self) -> list[Algorithm]:
+        """Those that the group is large enough for, with its f and k."""
+        plan = self._world.plan
+        usual = (Algorithm.EBAWA, Algorithm.MINBFT)
+        return [*usual, Algorithm.PBFT] if plan.n >= 3 * plan.f + 2 * plan.k + 1 else list(usual)
 
     def _replace(self, trouble: Trouble) -> None:
         if self._again(trouble):

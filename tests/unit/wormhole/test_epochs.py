@@ -194,7 +194,7 @@ def test_epoch_end_cannot_be_forged_through_the_kss(active):
         for key in (record.member("r0").usig_key, record.member("r0").kss_key):
             assert not verify(key, epoch_end_bytes(GROUP, end), signature)
     with pytest.raises(Malformed, match="statement-kind"):
-        active.sign("r0", 7, bytes(40))
+        active.sign("r0", max(Kind) + 1, bytes(40))
 
 
 # Freeze, thaw, end

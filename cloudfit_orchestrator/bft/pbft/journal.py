@@ -1,0 +1,63 @@
+"""What the PBFT engine keeps in the write-ahead log. No counter stops a replica from contradicting itself: only this
+log does. So all that an own message says is here, durably, before the message is signed, and is read again before
+anything is said.
+"""
+
+from cloudfit_orchestrator.bft.messages import Frozen, Signed
+from cloudfit_orchestrator.bft.pbft.messages import Change, Prepared
+
+
+class LogJoined(Frozen, frozen=True, tag=20):
+    """The first own word in c follows: a log that was lost lacks it."""
+
+    c: int
+
+
+class LogSaid(Frozen, frozen=True, tag=21):
+    """An own vote: no other one is ever signed for this phase, view and slot."""
+
+    c: int
+    phase: int
+    g: int
+    s: int
+    digest: bytes
+
+
+class LogPrepared(Frozen, frozen=True, tag=22):
+    """A slot is prepared: before the own COMMIT, as every later VIEW-CHANGE must show it."""
+
+    c: int
+    prepared: Prepared
+
+
+class LogStable(Frozen, frozen=True, tag=23):
+    """The own low-water mark, with its certificate."""
+
+    c: int
+    slot: int
+    digest: bytes
+    certificate: tuple[Signed, ...]
+
+
+class LogOwn(Frozen, frozen=True, tag=24):
+    """The body of an own VIEW-CHANGE, wedge or NEW-VIEW; `votes` are the VIEW-CHANGEs that a NEW-VIEW names."""
+
+    c: int
+    body: bytes
+    votes: tuple[Change, ...]
+
+
+class LogSigned(Frozen, frozen=True, tag=25):
+    """An own VIEW-CHANGE or wedge with its signature: the epoch may end, and nobody could sign it again."""
+
+    change: Change
+
+
+class LogView(Frozen, frozen=True, tag=26):
+    """The view that was entered: its NEW-VIEW and the VIEW-CHANGEs that this names."""
+
+    new_view: Change
+    votes: tuple[Change, ...]
+
+
+ENTRIES: tuple[type[Frozen], ...] = (LogJoined, LogSaid, LogPrepared, LogStable, LogOwn, LogSigned, LogView)
