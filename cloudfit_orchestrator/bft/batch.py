@@ -13,8 +13,11 @@ from cloudfit_orchestrator.bft.messages import (
     encode,
 )
 from cloudfit_orchestrator.model.errors import BadError
-from cloudfit_orchestrator.model.record import ConfigRecord
+from cloudfit_orchestrator.model.record import ConfigRecord, Parameters
 from cloudfit_orchestrator.model.signing import Verifier, sha256
+
+BATCH_BYTES = 16  # of a batch's encoding, generously, beside its bundles
+BUNDLE_BYTES = 8  # and beside each bundle
 
 _list = msgspec.msgpack.Decoder(list[bytes])
 _encode = msgspec.msgpack.Encoder().encode
@@ -36,6 +39,12 @@ def split_batch(batch: bytes) -> list[bytes]:
         return _list.decode(batch)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise BadError(f"batch is malformed: {error}") from error
+
+
+def fits(data: bytes, body: BundleBody, limits: Parameters) -> bool:
+    """Whether the bundle fits into a batch alone. One that fits into none would block all that wait behind it."""
+    size = BATCH_BYTES + BUNDLE_BYTES + len(data)
+    return len(body.requests) <= limits.max_batch_requests and size <= limits.max_batch_bytes
 
 
 def bundle_body(data: bytes) -> tuple[Bundle, BundleBody]:

@@ -1,12 +1,13 @@
 """Requests from clients and replies to them (protocol §3)."""
 
-from cloudfit_orchestrator.bft.batch import batch_digest, bundle_body, make_batch, split_batch
+from cloudfit_orchestrator.bft.batch import BATCH_BYTES, batch_digest, bundle_body, fits, make_batch, split_batch
 from cloudfit_orchestrator.bft.clients import ClientWindow, Executed, reply_tree
 from cloudfit_orchestrator.bft.effects import Answer
 from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import Forward, Overloaded, Replies, Result, encode
 from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.reads import ReadDesk
 from cloudfit_orchestrator.bft.situation import Situation, peer_id
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
@@ -20,9 +21,10 @@ MAX_AGAIN = 256  # repeated requests of one client that are answered at once
 class ClientDesk:
     """Takes bundles in, proposes them, answers."""
 
-    def __init__(self, situation: Situation, outbox: Outbox) -> None:
+    def __init__(self, situation: Situation, outbox: Outbox, reads: ReadDesk) -> None:
         self._at = situation
         self._out = outbox
+        self._reads = reads
         self._again: dict[bytes, dict[int, Result]] = {}  # client -> results to send again
 
     def take(self, data: bytes, client: bytes | None = None) -> None:
@@ -37,8 +39,7 @@ class ClientDesk:
         except BadError:
             self._out.count("bad_bundle")
             return
-        too_large = len(body.requests) > limits.max_batch_requests or len(data) + 16 > limits.max_batch_bytes
-        if too_large or (client is not None and body.client != client):
+        if not fits(data, body, limits) or (client is not None and body.client != client):
             self._out.count("bad_bundle")
             return
         row = ClientWindow(self._at.execution.store, body.client)
@@ -89,7 +90,8 @@ class ClientDesk:
             for item, path in zip(executed, paths, strict=True):
                 self._out.put(Answer(item.client, encode(Replies(me, c, slot, item.results, path, signature))))
 
-        self._out.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send)
+        # A reply shows a slot that Qc members have logged before they voted: it need not wait for our own log.
+        self._out.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send, waits=self._reads.show())
 
     def executed(self, batch: bytes) -> None:
         """A batch was executed: its bundles wait no more."""
@@ -102,7 +104,7 @@ class ClientDesk:
         if ordering is None or not self._at.installed or not self._at.pool.unproposed:
             return None
         limits = ordering.record.parameters
-        bundles = self._at.pool.take(limits.max_batch_requests, limits.max_batch_bytes - 16)
+        bundles = self._at.pool.take(limits.max_batch_requests, limits.max_batch_bytes - BATCH_BYTES)
         if not bundles:
             return None
         batch = make_batch(bundles)
@@ -130,11 +132,14 @@ class ClientDesk:
                 self._at.pool.remove(waiting.data)
 
     def recheck(self, ordering: Ordering) -> None:
-        """A new configuration may have other clients."""
+        """A new configuration may have other clients, and other limits."""
         for waiting in self._at.pool.bundles():
             try:
-                ordering.batches.checker.check(waiting.data)
+                body = ordering.batches.checker.check(waiting.data)
             except BadError:
+                self._at.pool.remove(waiting.data)
+                continue
+            if not fits(waiting.data, body, ordering.record.parameters):
                 self._at.pool.remove(waiting.data)
         self._at.pool.release()
 

@@ -133,9 +133,12 @@ class ClientWindow:
         return page
 
 
-def execute(store: StateStore, service: Service, bodies: tuple[BundleBody, ...], width: int) -> list[Executed]:
+def execute(
+    store: StateStore, service: Service, bodies: tuple[BundleBody, ...], width: int
+) -> tuple[list[Executed], list[bytes]]:
     """Execute a decided batch: each request once, in order; a repeated one gets its kept reply; one outside the
-    client's window gets none. Returns the results by client, in order of first appearance.
+    client's window gets none. Returns the results by client, in order of first appearance, and the service's keys that
+    were written.
     """
     view = store.service_view()
     by_client: dict[bytes, list[Result]] = {}
@@ -157,7 +160,8 @@ def execute(store: StateStore, service: Service, bodies: tuple[BundleBody, ...],
             results.append(Result(number, result))
         if changed:
             row.save()
-    return [Executed(client, tuple(results)) for client, results in by_client.items() if results]
+    executed = [Executed(client, tuple(results)) for client, results in by_client.items() if results]
+    return executed, view.written
 
 
 def reply_tree(executed: list[Executed]) -> tuple[bytes, list[tuple[tuple[bool, bytes], ...]]]:

@@ -1,7 +1,7 @@
 """What the core asks of the world. Effects are ordered; the runtime carries them out in that order.
 
-The durability rule (protocol §2, "the journal goes first"): every `Append` before a `Certify`, `EndEpoch` or `Sign` that
-`waits` is on stable storage before that request leaves for the wormhole. Many effects may share one fsync.
+The durability rule (protocol §2, "the journal goes first"): every `Append` before a `Certify`, `EndEpoch` or `Sign`
+that `waits` is on stable storage before that request leaves for the wormhole. Many effects may share one fsync.
 """
 
 from dataclasses import dataclass, field

@@ -4,6 +4,7 @@ from cloudfit_orchestrator.bft.batch import Checked
 from cloudfit_orchestrator.bft.clients import Executed, execute
 from cloudfit_orchestrator.bft.interfaces import Service
 from cloudfit_orchestrator.bft.store import Snapshot, StateStore
+from cloudfit_orchestrator.bft.written import Written
 
 PIN_S = 10.0  # a state that a peer is fetching is kept so long after its last question
 MAX_PINS = 8  # so many at a time: whoever asks cannot make us keep more
@@ -13,7 +14,8 @@ class Execution:
     """Executes decided slots strictly in order. `slot` is the last one; `store` the state after it."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
+        self.service = service
+        self.written = Written()
         self.store = StateStore()
         self.slot = 0
         self.digests: dict[int, bytes] = {}  # own checkpoints: slot -> root
@@ -25,7 +27,10 @@ class Execution:
         """Execute the next slot; `batch` is None for a no-op. Returns the results by client."""
         if slot != self.slot + 1:
             raise ValueError(f"slot {slot} does not follow {self.slot}")
-        executed = execute(self.store, self._service, batch.bodies, width) if batch is not None else []
+        executed: list[Executed] = []
+        if batch is not None:
+            executed, keys = execute(self.store, self.service, batch.bodies, width)
+            self.written.note(keys, slot)
         self.slot = slot
         self.history[slot] = digest
         return executed
@@ -35,7 +40,7 @@ class Execution:
         twin = self.store.fork()
         for batch in slots:
             if batch is not None:
-                execute(twin, self._service, batch.bodies, width)
+                execute(twin, self.service, batch.bodies, width)
         return twin
 
     def checkpoint(self, c: int) -> Snapshot:
@@ -50,6 +55,7 @@ class Execution:
         self.store = store
         self.slot = slot
         self.history.clear()
+        self.written.begin(slot)
         return self.checkpoint(c)
 
     def by_root(self, root: bytes, now_s: float) -> tuple[int, Snapshot] | None:

@@ -1,6 +1,6 @@
 """What the core needs of the rooms above it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cloudfit_orchestrator.bft.store import StateStore
 
@@ -14,5 +14,16 @@ class Service(Protocol):
     def execute(self, store: StateStore, operation: bytes) -> bytes:
         """Apply one client's `operation` and return its result. A malformed operation returns an error result; it
         never raises, and never changes the store half-way.
+        """
+        ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A service that can answer some operations from the state as it is (protocol §7), without ordering them."""
+
+    def read(self, store: StateStore, operation: bytes) -> bytes | None:
+        """What `execute` would return for an operation that changes nothing; None for any other. `store` refuses to be
+        changed.
         """
         ...

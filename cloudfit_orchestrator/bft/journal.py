@@ -52,7 +52,13 @@ class LogWedges(Frozen, frozen=True, tag=9):
     wedges: tuple[Named, ...]
 
 
-SharedEntry = LogRecord | LogBatch | LogState | LogDecision | LogWedges
+class LogShown(Frozen, frozen=True, tag=12):
+    """From here on slots up to `slot` may be shown to clients: after a restart nothing is read before they are here."""
+
+    slot: int
+
+
+SharedEntry = LogRecord | LogBatch | LogState | LogDecision | LogWedges | LogShown
 _encode = msgspec.msgpack.Encoder().encode
 
 

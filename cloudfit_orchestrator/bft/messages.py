@@ -179,13 +179,43 @@ class Overloaded(Frozen, frozen=True, tag=42):
     numbers: tuple[int, ...]
 
 
-ClientMessage = Bundle | Replies | Overloaded
+class Read(Frozen, frozen=True, tag=43):
+    """Operations that change nothing, to be answered from the state as it is; `number` is used once. Unsigned: who is
+    admitted may read, and the connection says who asks.
+    """
+
+    number: int
+    operations: tuple[bytes, ...]
+
+
+class Seen(Frozen, frozen=True):
+    """What one operation of a `Read` gave; `slot`: nothing that it read was written after it."""
+
+    slot: int
+    result: bytes
+
+
+class ReadReply(Frozen, frozen=True, tag=44):
+    """Answers to all operations of a `Read`, in order; none, and no signature, if the replica may not answer now.
+    `signature`: the replica's KSS statement READ(c, client, number, slot, digest of what was seen).
+    """
+
+    replica: str
+    c: int
+    number: int
+    slot: int
+    seen: tuple[Seen, ...]
+    signature: bytes
+
+
+ClientMessage = Bundle | Replies | Overloaded | Read | ReadReply
 
 
 # ------------------------------------------------------------------------------------------------------------ codecs
 _encode = msgspec.msgpack.Encoder().encode
 _clients: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _bodies = msgspec.msgpack.Decoder(BundleBody)
+_READ_TAG = bytes([43])
 MALFORMED: Final = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 
 
@@ -217,6 +247,17 @@ def decode_client(data: bytes) -> ClientMessage:
         raise BadError(f"client message is malformed: {error}") from error
 
 
+def as_read(data: bytes) -> Read | None:
+    """The `Read` that a client's frame is; None if it is anything else."""
+    if data[1:2] != _READ_TAG:  # an array's second byte is its tag: most frames are bundles, and need not be decoded
+        return None
+    try:
+        message = decode_client(data)
+    except BadError:
+        return None
+    return message if isinstance(message, Read) else None
+
+
 def decode_bundle_body(data: bytes) -> BundleBody:
     """Raises BadError."""
     try:
@@ -238,6 +279,16 @@ def reply_leaf(client: bytes, results: tuple[Result, ...]) -> bytes:
 def reply_node(left: bytes, right: bytes) -> bytes:
     """An inner node of that tree."""
     return sha256(b"cloudfit/reply-node/v1\0", left, right)
+
+
+def seen_digest(operations: tuple[bytes, ...], seen: tuple[Seen, ...]) -> bytes:
+    """What a READ statement covers: questions and answers."""
+    return sha256(b"cloudfit/seen/v1\0", encode(_Seen(operations, seen)))
+
+
+class _Seen(Frozen, frozen=True):
+    operations: tuple[bytes, ...]
+    seen: tuple[Seen, ...]
 
 
 class _Results(Frozen, frozen=True):

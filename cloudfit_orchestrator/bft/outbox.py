@@ -52,8 +52,10 @@ class Outbox:
         for peer in peers:
             self.put(Send(peer, data))
 
-    def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None]) -> None:
-        """Ask the KSS; `then(signature)` when it is there."""
+    def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None], *, waits: bool = True) -> None:
+        """Ask the KSS, once the log is on the disk or, if it need not wait for that, at once; `then(signature)` when
+        it is there.
+        """
         if self.replaying:
             return
         reply = kind in (Kind.REPLY, Kind.READ)
@@ -62,8 +64,7 @@ class Outbox:
             del awaited[next(iter(awaited))]
         self._token += 1
         awaited[self._token] = kind, then
-        # A reply shows a slot that Qc members have logged before they voted: it need not wait for our own log.
-        self._effects.append(Sign(c, kind, body, self._token, waits=kind is not Kind.REPLY))
+        self._effects.append(Sign(c, kind, body, self._token, waits))
 
     def signed(self, token: int, signature: bytes) -> Kind | None:
         """A signature arrived. Of what kind of statement; None if nobody waits for it."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cloudfit_orchestrator.bft.batch import BUNDLE_BYTES
 from cloudfit_orchestrator.bft.messages import BundleBody
 from cloudfit_orchestrator.model.signing import sha256
 
@@ -65,7 +66,7 @@ class Pool:
         chosen: list[bytes] = []
         for name, waiting in self._fresh.items():
             max_requests -= len(waiting.body.requests)
-            max_bytes -= len(waiting.data) + 8
+            max_bytes -= len(waiting.data) + BUNDLE_BYTES
             if max_requests < 0 or max_bytes < 0:
                 break
             names.append(name)

@@ -1,7 +1,15 @@
 """The write-ahead log, cut: what must be kept, as a new log (protocol §4), and what may be forgotten."""
 
 from cloudfit_orchestrator.bft.effects import DropSnapshots, Rewrite
-from cloudfit_orchestrator.bft.journal import LogBatch, LogDecision, LogRecord, LogState, LogWedges, encode_entry
+from cloudfit_orchestrator.bft.journal import (
+    LogBatch,
+    LogDecision,
+    LogRecord,
+    LogShown,
+    LogState,
+    LogWedges,
+    encode_entry,
+)
 from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.bft.outbox import Outbox
@@ -12,8 +20,8 @@ REWRITE_FACTOR = 2  # the log is rewritten when it has grown to so many times wh
 REWRITE_SLACK = 512  # records
 
 
-def collect(at: Situation, successors: Successors, out: Outbox) -> None:
-    """Forget what a stable checkpoint made useless; rewrite the log when it pays."""
+def collect(at: Situation, successors: Successors, out: Outbox, shown: int) -> None:
+    """Forget what a stable checkpoint made useless; rewrite the log when it pays. `shown`: see `LogShown`."""
     ordering = at.ordering
     if ordering is None:
         return
@@ -26,7 +34,7 @@ def collect(at: Situation, successors: Successors, out: Outbox) -> None:
         _skip(ordering)
     must_keep = ordering.kept + len(ordering.batches.all())
     if out.log_size > must_keep * REWRITE_FACTOR + REWRITE_SLACK:
-        entries = _entries(at, ordering, successors, slot)
+        entries = [*_entries(at, ordering, successors, slot), LogShown(shown)]
         out.log_size = len(entries)
         out.put(Rewrite(tuple(encode_entry(entry) for entry in entries)))
 

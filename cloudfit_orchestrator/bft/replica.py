@@ -5,13 +5,13 @@ signed (`effects.py`); accepted messages first, then execution, then the own voi
 known; effects leave in the order in which they arose.
 """
 
-import base64
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.catchup import CatchUp
 from cloudfit_orchestrator.bft.clientdesk import ClientDesk
+from cloudfit_orchestrator.bft.commands import parse_bytes, parse_end, parse_peer
 from cloudfit_orchestrator.bft.effects import Effect, SaveSnapshot
 from cloudfit_orchestrator.bft.engines import engine
 from cloudfit_orchestrator.bft.interfaces import Service
@@ -19,6 +19,7 @@ from cloudfit_orchestrator.bft.journal import (
     LogBatch,
     LogDecision,
     LogRecord,
+    LogShown,
     LogState,
     LogWedges,
     entry_decoder,
@@ -33,9 +34,11 @@ from cloudfit_orchestrator.bft.messages import (
     StateIndex,
     StatementMessage,
     WedgeSet,
+    as_read,
 )
 from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.reads import ReadDesk
 from cloudfit_orchestrator.bft.recall import collect
 from cloudfit_orchestrator.bft.reconfigure import Outcome
 from cloudfit_orchestrator.bft.situation import Peer, Situation, peer_id
@@ -84,7 +87,8 @@ class Replica:
         self._at = Situation(
             group, replica, incarnation, service=service, controllers=controller_keys, verifier=verifier, out=self._out
         )
-        self._desk = ClientDesk(self._at, self._out)
+        self._reads = ReadDesk(self._at, self._out)
+        self._desk = ClientDesk(self._at, self._out, self._reads)
         self._suspicion = Suspicion(self._at, self._out, self._desk)
         self._catchup = CatchUp(self._at, self._out)
         self._succession = Succession(self._at, self._out)
@@ -142,6 +146,8 @@ class Replica:
                 if entry.c == ordering.record.c:
                     ordering.want_batch(entry.batch)
                     ordering.decided(entry.s, entry.batch)
+            case LogShown():
+                self._reads.restore(entry.slot)
             case LogWedges():
                 self._succession.successors.add_set(entry.wedges, "")
             case _:
@@ -308,7 +314,7 @@ class Replica:
         """A snapshot is durable."""
         self._at.saved.add((c, slot))
         self._news = True
-        collect(self._at, self._succession.successors, self._out)
+        collect(self._at, self._succession.successors, self._out, self._reads.shown)
 
     def _sign_checkpoint(self, slot: int) -> None:
         if self._at.member:
@@ -387,8 +393,12 @@ class Replica:
     # --------------------------------------------------------------------------------------- clients, signatures, time
     def from_client(self, client: bytes, body: bytes) -> None:
         """A frame from an authenticated client."""
-        self._desk.take(body, client)
-        self._news = True
+        read = as_read(body)
+        if read is not None:
+            self._reads.take(client, read, wedging=self._succession.successors.newest() is not None)
+        else:
+            self._desk.take(body, client)
+            self._news = True
 
     def signed(self, token: int, signature: bytes) -> None:
         """The KSS signed a statement."""
@@ -411,7 +421,7 @@ class Replica:
         if self._out.every("beacon", BEACON_S):
             self._beacon(ordering)
         if self._out.every("collect", COLLECT_S):
-            collect(self._at, self._succession.successors, self._out)
+            collect(self._at, self._succession.successors, self._out, self._reads.shown)
 
     def _beacon(self, ordering: Ordering) -> None:
         """Repeat what must not be lost: where the own messages end, own newest statements, the wedge set."""
@@ -445,7 +455,7 @@ class Replica:
     def _obey(self, body: dict[str, Any]) -> None:
         match body.get("op"):
             case "learn":
-                peer = _peer(body["peer"])
+                peer = parse_peer(body["peer"])
                 if peer.peer_id in self._at.learners or len(self._at.learners) < MAX_LEARNERS:
                     self._at.learners[peer.peer_id] = peer
             case "forget":
@@ -454,15 +464,15 @@ class Replica:
                 self._catchup.wait_source = bool(body.get("wait_source", False))
             case "source":
                 if body.get("peer"):
-                    peer = _peer(body["peer"])
+                    peer = parse_peer(body["peer"])
                     self._at.exporters = {peer.peer_id: peer}
                 self._catchup.wait_source = False
             case "retire":
                 if self._at.ordering is not None:
-                    self._at.ordering.retire(base64.b64decode(body["order"], validate=True))
+                    self._at.ordering.retire(parse_bytes(body["order"]))
             case "ended":
                 if self._at.ordering is not None:
-                    self._at.ordering.take_end(_end(body["end"]))
+                    self._at.ordering.take_end(parse_end(body["end"]))
             case _:
                 self._out.count("unknown_command")
         self._succession.refresh_peers()
@@ -483,13 +493,3 @@ class Replica:
             **(at.ordering.figures if at.ordering is not None else {}),
             "counters": dict(self._out.counters),
         }
-
-
-def _peer(doc: dict[str, Any]) -> Peer:
-    return Peer(str(doc["peer_id"]), str(doc["address"]), base64.b64decode(doc["channel_ca"], validate=True))
-
-
-def _end(doc: dict[str, Any]) -> EpochEnd:
-    """EPOCH-END as a controller hands it on."""
-    fields = (base64.b64decode(doc[k], validate=True) for k in ("last_digest", "last_certificate", "signature"))
-    return EpochEnd(str(doc["replica"]), int(doc["c"]), int(doc["cv_end"]), *fields)

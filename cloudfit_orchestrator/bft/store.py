@@ -237,9 +237,9 @@ class StateStore:
         twin._moved = set(self._moved)
         return twin
 
-    def service_view(self) -> "StateStore":
+    def service_view(self) -> "ServiceView":
         """The same store as a service may see it: library keys are hidden and refused, buckets hold less."""
-        return _ServiceView(self)
+        return ServiceView(self)
 
     def _put(self, key: bytes, value: bytes, chunk_limit: int) -> None:
         length, size = len(key), len(value)
@@ -287,11 +287,12 @@ class StateStore:
             self._moved = set()
 
 
-class _ServiceView(StateStore):
-    """See `StateStore.service_view`. Holds no state of its own."""
+class ServiceView(StateStore):
+    """See `StateStore.service_view`. Holds no state of its own, but the keys that were `written` through it."""
 
     def __init__(self, store: StateStore) -> None:  # does not make a second map
         self._store = store
+        self.written: list[bytes] = []
 
     def _allowed(self, key: bytes) -> bytes:
         if key.startswith(self.RESERVED):
@@ -303,8 +304,10 @@ class _ServiceView(StateStore):
 
     def put(self, key: bytes, value: bytes) -> None:
         self._store._put(self._allowed(key), value, MAX_SERVICE_CHUNK)
+        self.written.append(key)
 
     def delete(self, key: bytes) -> bool:
+        self.written.append(key)
         return self._store.delete(self._allowed(key))
 
     def items(self, prefix: bytes = b"", after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -319,5 +322,5 @@ class _ServiceView(StateStore):
     def fork(self) -> StateStore:
         raise RefusedError("a service does not copy the state")
 
-    def service_view(self) -> StateStore:
+    def service_view(self) -> "ServiceView":
         return self

@@ -19,6 +19,7 @@ from cloudfit_orchestrator.bft.messages import (
     Bundle,
     BundleBody,
     Overloaded,
+    ReadReply,
     Replies,
     Request,
     bundle_bytes,
@@ -27,6 +28,7 @@ from cloudfit_orchestrator.bft.messages import (
 )
 from cloudfit_orchestrator.bft.voting import Votes
 from cloudfit_orchestrator.gateway.numbers import MemoryNumbers, Numbers
+from cloudfit_orchestrator.gateway.reads import Reads
 from cloudfit_orchestrator.guest.dialler import Dialler
 from cloudfit_orchestrator.guest.links import SendQueue
 from cloudfit_orchestrator.guest.tls import Credentials
@@ -79,6 +81,7 @@ class Figures:
     """What happened so far."""
 
     answered: int = 0
+    unordered: int = 0  # of them: reads that R replicas answered equally
     bundles: int = 0
     resent: int = 0
     overloaded: int = 0
@@ -133,6 +136,7 @@ class Client:
         self._of_number: dict[int, _Bundle] = {}
         self._flushing = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._reads = Reads(self._public, self._verifier, lambda: self._record, self._to_all)
         self.counters: Counter[str] = Counter()
         self.figures = Figures(lies=self._votes.lies, unsigned=self._votes.unsigned)
 
@@ -147,6 +151,7 @@ class Client:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for dialler in self._diallers.values():
             dialler.close()
+        self._reads.close()
         for future in [*self._answers.values(), *(w.answer for w in self._outbox)]:
             future.cancel()
         self._numbers.close()
@@ -173,6 +178,18 @@ class Client:
         self._outbox.append(waiting)
         self._flush_soon()
         return waiting.answer
+
+    async def read(self, operation: bytes, *, timeout_s: float = DEADLINE_S) -> bytes:
+        """The result of an operation that changes nothing, linearizable: from R equal answers if they come soon, else
+        ordered like any other. Fails as `submit` does.
+        """
+        if self._reads.worth_trying:
+            result = await self._reads.ask(operation)
+            if result is not None:
+                self.figures.answered += 1
+                self.figures.unordered += 1
+                return result
+        return await self.submit(operation, timeout_s=timeout_s)
 
     async def call(self, operation: bytes, *, timeout_s: float = DEADLINE_S) -> bytes:
         """`submit`, and wait."""
@@ -244,6 +261,9 @@ class Client:
         if isinstance(message, Overloaded):
             self.figures.overloaded += 1
             self._ask_others(replica, message)
+        elif isinstance(message, ReadReply):
+            if not self._reads.take(message):
+                self._votes.unsigned[replica] += 1
         elif isinstance(message, Replies):
             for number, result in self._votes.take(replica, message).items():
                 self._answer(number, result)
@@ -298,11 +318,14 @@ class Client:
             bundle.due_s = now_s + bundle.wait_s
             bundle.wait_s = min(2 * bundle.wait_s, RESEND_LAST_S)
             self.figures.resent += 1
-            for dialler in self._diallers.values():
-                dialler.send(bundle.data)
+            self._to_all(bundle.data)
         while self._outbox and (self._outbox[0].answer.done() or now_s >= self._outbox[0].deadline_s):
             self._fail(self._outbox.popleft().answer)
         return late
+
+    def _to_all(self, data: bytes) -> None:
+        for dialler in self._diallers.values():
+            dialler.send(data)
 
     def _give_up(self, bundle: _Bundle) -> None:
         for number in list(bundle.open):

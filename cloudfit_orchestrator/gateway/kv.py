@@ -24,7 +24,7 @@ class KvClient:
 
     async def get(self, key: bytes) -> bytes | None:
         """The value, or None."""
-        return _expect(await self._call(kv.Get(key)), kv.Value).value
+        return _expect(await self._read(kv.Get(key)), kv.Value).value
 
     async def put(self, key: bytes, value: bytes) -> bool:
         """Set; False if the key held this value already."""
@@ -42,7 +42,7 @@ class KvClient:
         """Entries under `prefix` in key order, page by page: each page is consistent, all together need not be."""
         after: bytes | None = None
         while True:
-            page = _expect(await self._call(kv.List(prefix, after)), kv.Entries)
+            page = _expect(await self._read(kv.List(prefix, after)), kv.Entries)
             for item in page.items:
                 yield item
             if not page.more or not page.items:
@@ -51,6 +51,9 @@ class KvClient:
 
     async def _call(self, operation: kv.Operation) -> kv.Result:
         return kv.decode_result(await self.client.call(kv.encode_operation(operation), timeout_s=self._timeout_s))
+
+    async def _read(self, operation: kv.Operation) -> kv.Result:
+        return kv.decode_result(await self.client.read(kv.encode_operation(operation), timeout_s=self._timeout_s))
 
 
 def _expect(result: kv.Result, kind: type[T]) -> T:

@@ -13,7 +13,7 @@ class Kind(IntEnum):
     """The types, with the layout of each body (big endian)."""
 
     REPLY = 1  # slot u64 ‖ Merkle root of the slot's replies 32
-    READ = 2  # client key 32 ‖ request number u64 ‖ slot of last write u64 ‖ digest of the value 32
+    READ = 2  # client key 32 ‖ number of the read u64 ‖ slot executed last u64 ‖ digest of what was seen 32
     CHECKPOINT = 3  # slot u64 ‖ digest 32
     REQ = 4  # target view u64
     DECIDED = 5  # slot u64 ‖ digest of the batch 32

@@ -36,3 +36,7 @@ class CounterService:
         if delta:
             store.put(_KEY, result)
         return result
+
+    def read(self, store: StateStore, operation: bytes) -> bytes | None:
+        """See `bft.interfaces.Readable`: adding nothing changes nothing."""
+        return self.execute(store, operation) if operation == add(0) else None

@@ -108,6 +108,14 @@ class KvService:
         result = self._apply(store, decoded)
         return _DONE[result.changed] if type(result) is Done else _encoder.encode(result)
 
+    def read(self, store: StateStore, operation: bytes) -> bytes | None:
+        """See `bft.interfaces.Readable`."""
+        try:
+            decoded: Operation = _operations.decode(operation)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+        return _encoder.encode(self._apply(store, decoded)) if isinstance(decoded, Get | List) else None
+
     def _apply(self, store: StateStore, operation: Operation) -> Result:
         kind = type(operation)
         key = operation.prefix if isinstance(operation, List) else operation.key

@@ -180,7 +180,7 @@ def test_replies_that_fill_a_bucket_leave_room_for_every_clients_window() -> Non
         key = StateStore.RESERVED + b"r" + b"x" * 32 + number.to_bytes(8, "big")
         if bucket_of(key) == where:
             store.put_reply(key, bytes(128 << 10))
-    (done,) = execute(store, CounterService(), (BundleBody("ledger", client, (Request(1, add(1)),)),), 16)
+    (done,), _ = execute(store, CounterService(), (BundleBody("ledger", client, (Request(1, add(1)),)),), 16)
     assert len(done.results) == 1
 
 

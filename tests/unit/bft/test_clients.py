@@ -47,7 +47,7 @@ def sized(number: int, size: int) -> BundleBody:
 
 
 def run(store: StateStore, *bodies: BundleBody) -> list[Executed]:
-    return execute(store, CounterService(), bodies, WIDTH)
+    return execute(store, CounterService(), bodies, WIDTH)[0]
 
 
 def results(executed: list[Executed]) -> dict[tuple[bytes, int], int | None]:
@@ -98,7 +98,7 @@ def test_clients_do_not_share_a_window() -> None:
 def test_a_result_that_is_too_large_is_an_error_of_the_request() -> None:
     store = StateStore()
     echo = Echo()
-    (done,) = execute(store, echo, (sized(1, MAX_RESULT + 1), sized(2, MAX_RESULT)), WIDTH)
+    (done,), _ = execute(store, echo, (sized(1, MAX_RESULT + 1), sized(2, MAX_RESULT)), WIDTH)
     assert [len(r.result) if r.result != TOO_LARGE else -1 for r in done.results] == [-1, MAX_RESULT]
 
 
