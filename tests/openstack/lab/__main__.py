@@ -25,7 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("action", choices=["up", "down", "purge", "status"])
     parser.add_argument("--home", type=Path, default=DEFAULT_HOME, help=f"directory of the lab, default {DEFAULT_HOME}")
     parser.add_argument(
-        "--clouds", nargs="+", choices=KNOWN_CLOUDS, default=DEFAULT_CLOUDS, help="for up; others are left as they are"
+        "--clouds",
+        nargs="+",
+        choices=KNOWN_CLOUDS,
+        help=f"others are left as they are; default for up {' '.join(DEFAULT_CLOUDS)}, for down everything",
     )
     options = parser.parse_args(argv)
     lab = Lab(options.home.absolute())
@@ -35,10 +38,13 @@ def main(argv: list[str] | None = None) -> None:
             status(lab)
         elif options.action == "up":
             with _alone(lab):
-                up(lab, [lab.cloud(name) for name in dict.fromkeys(options.clouds)])
+                up(lab, [lab.cloud(name) for name in dict.fromkeys(options.clouds or DEFAULT_CLOUDS)])
         elif lab.home.exists():
             with _alone(lab):
-                down(lab)
+                if options.clouds and options.action == "down":
+                    down_clouds(lab, [lab.cloud(name) for name in options.clouds])
+                else:
+                    down(lab)
             if options.action == "purge":
                 shutil.rmtree(lab.home)
                 say(f"{lab.home} is removed; the Debian packages stay")
@@ -82,18 +88,23 @@ def _finish(lab: Lab, cloud: Cloud) -> None:
 
 
 def down(lab: Lab) -> None:
-    """Stop everything; the clouds' data stay. Guests first: they would outlive their libvirtd."""
-    for cloud in lab.clouds():
-        _destroy_guests(lab, cloud)
-    running = processes.started(lab)
-    shared = {"mariadb", "rabbitmq", "epmd"}
-    processes.stop(lab, [r for r in running if r.name not in shared])
-    processes.stop(lab, [r for r in running if r.name in shared])
+    """Stop everything; the clouds' data stay."""
+    down_clouds(lab, lab.clouds())
+    processes.stop(lab, processes.started(lab))
     processes.stop_strays(lab)
-    for cloud in lab.clouds():
-        wiring.wire_down(cloud)
     wiring.unshare_home(lab)
-    say(f"{len(running)} services stopped")
+
+
+def down_clouds(lab: Lab, clouds: list[Cloud]) -> None:
+    """Stop these clouds and leave the others and what they share. Guests first: they would outlive their libvirtd."""
+    for cloud in clouds:
+        _destroy_guests(lab, cloud)
+    names = tuple(f"{cloud.name}-" for cloud in clouds)
+    running = [r for r in processes.started(lab) if r.name.startswith(names)]
+    processes.stop(lab, running)
+    for cloud in clouds:
+        wiring.wire_down(cloud)
+    say(f"{' '.join(cloud.name for cloud in clouds)}: {len(running)} services stopped")
 
 
 def _destroy_guests(lab: Lab, cloud: Cloud) -> None:

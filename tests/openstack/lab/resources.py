@@ -89,8 +89,9 @@ def make_catalogue(lab: Lab, cloud: Cloud) -> None:
 
 
 def wanted() -> str:
-    """Changes with what `make_resources` makes."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """Changes with what `make_resources` makes, and with what is told of it."""
+    modules = (Path(__file__).with_name(f"{name}.py") for name in ("resources", "layout", "state"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def make_resources(lab: Lab, cloud: Cloud) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "libvirt": {
             "virt_type": "qemu",
             "cpu_mode": "none",
-            "connection_uri": cloud.libvirt_uri,
+            "connection_uri": f"qemu+unix:///system?socket={cloud.libvirt_socket}",
             "swtpm_enabled": "true",
             "swtpm_user": "root",
             "swtpm_group": "root",
