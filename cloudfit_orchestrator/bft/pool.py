@@ -87,8 +87,8 @@ class Pool:
             waiting.forwarded = False
 
     def to_forward(self) -> list[Waiting]:
-        """Bundles not handed on yet; they are marked."""
-        found = [waiting for waiting in self._bundles.values() if not waiting.forwarded]
+        """Bundles neither proposed here nor handed on yet; they are marked."""
+        found = [waiting for waiting in self._fresh.values() if not waiting.forwarded]
         for waiting in found:
             waiting.forwarded = True
         return found

@@ -40,7 +40,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     StreamMessage,
 )
 from cloudfit_orchestrator.model.orders import Retire, seal_retire
-from cloudfit_orchestrator.model.record import Algorithm, record_hash, seal_record
+from cloudfit_orchestrator.model.record import Algorithm, Status, record_hash, seal_record
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import CONTROLLER, GROUP, House, replace_certificate
@@ -306,3 +306,36 @@ def test_no_kind_of_message_fills_the_memory(kind: str) -> None:
     first, second = sizes(machine, make)
     assert second - first < SLACK, f"{second - first} bytes more after {FRAMES} frames more"
     assert machine.core.status["live"]
+
+
+@pytest.mark.parametrize("gap", range(12, 30))
+def test_a_bundle_that_fits_into_no_batch_does_not_block_those_behind_it(gap: int) -> None:
+    """Between what was taken in and what fitted into a batch lay eight bytes: one such bundle stopped the group."""
+    limit = 2000
+    house = House(clients=2, parameters={"max_batch_bytes": limit}, window=8, period=4)
+    machine = Machine(house, "r0")
+    size = limit
+    while len(bundle := house.bundle([(1, bytes(size))])) > limit - gap:
+        size -= 1
+    assert len(bundle) == limit - gap
+    machine.client(bundle)
+    machine.client(house.bundle([(1, add(1))], client=1), client=1)
+    machine.ticks(0.1)
+    assert not machine.core._at.pool.unproposed
+    assert [said for said in machine.said() if isinstance(said, Prepare)]
+
+
+def test_a_bundle_that_a_new_configuration_has_no_batch_for_is_let_go() -> None:
+    house = House(clients=2, algorithm=Algorithm.MINBFT)
+    machine = Machine(house, "r2")
+    machine.client(house.bundle([(1, bytes(5000))]))
+    machine.client(house.bundle([(1, add(1))], client=1), client=1)
+    assert machine.core.status["pool"] == 2
+    prepared = replace(
+        house.record, c=2, base=1, status=Status.PREPARED, h=0, digest=bytes(32), confirmations=(), prepared=bytes(32),
+        parameters=replace(house.record.parameters, max_batch_bytes=2000),
+    )  # fmt: skip
+    _, active = house.activate(prepared, 0, house.record.digest)
+    machine.core.record(active)
+    assert machine.core.status["c"] == 2
+    assert machine.core.status["pool"] == 1
