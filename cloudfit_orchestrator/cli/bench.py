@@ -68,7 +68,9 @@ def _interruptible() -> Iterator[None]:
 @click.option("--processes", type=int, help="Client processes with a key each; default 1, with --wan one a region.")
 @click.option("--payload", type=int, default=_DEFAULT.payload, show_default=True, help="Bytes of a value.")
 @click.option("--keys", type=int, default=_DEFAULT.keys, show_default=True, help="Size of the key space.")
-@click.option("--reads", type=int, default=_DEFAULT.reads, show_default=True, help="Percent of ordered reads.")
+@click.option(
+    "--reads", type=int, default=_DEFAULT.reads, show_default=True, help="Percent of reads, as the SDK reads."
+)
 @click.option("--duration", type=float, default=_DEFAULT.duration_s, show_default=True, help="Seconds of one round.")
 @click.option("--warmup", type=float, default=_DEFAULT.warmup_s, show_default=True, help="Seconds before, not counted.")
 @click.option("--repeat", type=int, default=_DEFAULT.repeat, show_default=True, help="Rounds; medians are reported.")

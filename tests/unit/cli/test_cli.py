@@ -65,7 +65,7 @@ def test_every_command_has_help_with_an_example_of_itself() -> None:
 
 
 def test_every_read_command_has_json() -> None:
-    writes = {"kv put", "kv del", "agent run"}
+    writes = {"kv put", "kv del", "agent run", "bench plot"}
     for name, command in commands(cli):
         has = any("--format" in getattr(p, "opts", []) for p in command.params)
         assert has != (name in writes), name
