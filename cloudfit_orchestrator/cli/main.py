@@ -13,6 +13,7 @@ import click
 
 from cloudfit_orchestrator.cli.bench import bench_
 from cloudfit_orchestrator.cli.clients import Kv
+from cloudfit_orchestrator.cli.orphans import orphans_group, preflight
 from cloudfit_orchestrator.cli.output import (
     EXIT_ERROR,
     Session,
@@ -62,6 +63,7 @@ def cli(ctx: click.Context, home: Path | None) -> None:
 
 
 cli.add_command(bench_)
+cli.add_command(orphans_group)
 
 
 # --- groups
@@ -91,6 +93,9 @@ def group_apply(session: Session, spec: Path, form: str) -> None:
         return
     what = "serves" if done.changed else "serves already, nothing to do"
     click.echo(f"group {done.group} {what}: {len(done.members)} replicas, configuration {done.c}")
+
+
+group_.add_command(preflight)
 
 
 @group_.command("list", epilog="Example: cloudfit group list -f json")

@@ -207,6 +207,28 @@ class CloudFacts:
     warning: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a group is going to ask of one cloud."""
+
+    machines: int
+    memory_mib: int  # of each
+    cpus: int
+    state_mib: int
+    root_bytes: int = 0  # of the largest root image, with its hash tree; 0 if not known yet
+    command_line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at before anything is made. `verdict`: ok | warn | fail."""
+
+    name: str
+    verdict: str
+    finding: str
+    fix: str = ""
+
+
 class Cloud(ABC):
     """One cloud of one operator. All methods: see the rules at the top of this module."""
 
@@ -216,6 +238,14 @@ class Cloud(ABC):
     @abstractmethod
     def facts(self) -> CloudFacts:
         """Probe the cloud. TemporaryError or PermanentError with the next command if it cannot be reached."""
+
+    def preflight(self, demand: Demand, *, probe: bool = False) -> Sequence[Finding]:
+        """Everything that would make `demand` fail, at once. `probe`: also make and remove small objects for a trial.
+
+        Raises nothing that is a finding. None where nothing needs a look before.
+        """
+        del demand, probe
+        return ()
 
     @abstractmethod
     def ensure_network(self, deployment: str, network: NetworkSpec) -> None:

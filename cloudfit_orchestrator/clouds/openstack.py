@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 from cloudfit_orchestrator.clouds.base import (
     Cloud,
     CloudFacts,
+    Demand,
     DiskSnapshot,
+    Finding,
     Machine,
     MachineSpec,
     MachineState,
@@ -28,6 +30,7 @@ from cloudfit_orchestrator.clouds.base import (
 from cloudfit_orchestrator.clouds.openstack_api import Api
 from cloudfit_orchestrator.clouds.openstack_images import Images, check_command_line
 from cloudfit_orchestrator.clouds.openstack_network import Network
+from cloudfit_orchestrator.clouds.openstack_preflight import Preflight, find_flavor, flavor_faults
 from cloudfit_orchestrator.clouds.openstack_servers import Boot, Servers, state_of
 from cloudfit_orchestrator.clouds.openstack_tags import (
     KIND,
@@ -42,7 +45,6 @@ from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.spec import OpenStackPlace
 
 LOCKS = 64  # machines are spread over so many locks: two calls for one machine wait for each other
-GIB = 1 << 30
 
 
 class OpenStackCloud(Cloud):
@@ -79,6 +81,9 @@ class OpenStackCloud(Cloud):
             isolated=True,
         )
 
+    def preflight(self, demand: Demand, *, probe: bool = False) -> Sequence[Finding]:
+        return Preflight(self.api, self.place, self.network, self.servers).run(demand, probe=probe)
+
     # The network
 
     def ensure_network(self, deployment: str, network: NetworkSpec) -> None:
@@ -110,10 +115,8 @@ class OpenStackCloud(Cloud):
             raise RefusedError(f"machines of {deployment} still stand in {self.api.name}: {name} stays")
         for port, _ in self.network.reserved(deployment):
             self.network.remove_port(port)
-        for group in self.network.groups(deployment):
-            self.network.remove_group(group)
-        for group in self.servers.groups(deployment):
-            self.servers.remove_group(group)
+        for what, made, _ in self._of_groups(deployment):
+            (self.servers.remove_group if what == "server group" else self.network.remove_group)(made)
         self.images.remove_all(deployment)
 
     # Machines
@@ -167,26 +170,13 @@ class OpenStackCloud(Cloud):
 
     def flavor(self, spec: MachineSpec) -> dict[str, Any]:
         """The flavor. PermanentError if there is none or it is too small for `spec`."""
-        found = self.find_flavor()
+        found = find_flavor(self.api, self.place.flavor)
         root_bytes = max((p.offset + p.size for p in spec.manifest.parts if p.name in ("root", "verity")), default=0)
         wrong = flavor_faults(found, spec.memory_mib, spec.cpus, root_bytes)
         if wrong:
             raise PermanentError(
                 f"flavor {self.place.flavor} of {self.api.name}: {'; '.join(wrong)}",
                 next_command=f"openstack --os-cloud {self.place.cloud} flavor list, and name a larger one in the spec",
-            )
-        return found
-
-    def find_flavor(self) -> dict[str, Any]:
-        """The flavor by name or id. PermanentError if there is none."""
-        name = self.place.flavor
-        tried = f"look up the flavor {name}"
-        listed = self.api.list("compute", "/flavors/detail", "flavors", tried, limit="500")
-        found = next((f for f in listed if name in (f.get("name"), f.get("id"))), None)
-        if found is None:
-            known = ", ".join(sorted(str(f.get("name")) for f in listed)) or "none"
-            raise PermanentError(
-                f"{self.api.name} has no flavor {name!r}; it has {known}", next_command="correct flavor in the spec"
             )
         return found
 
@@ -258,12 +248,9 @@ class OpenStackCloud(Cloud):
         for port, reserved in self.network.reserved(deployment):
             if reserved.group == group:
                 self.network.remove_port(port)
-        for found in self.network.groups(deployment):
-            if group_of_label(found["description"]) == (deployment, group):
-                self.network.remove_group(found)
-        for found in self.servers.groups(deployment):
-            if group_of_label(found["name"]) == (deployment, group):
-                self.servers.remove_group(found)
+        for what, made, label in self._of_groups(deployment):
+            if label == group:
+                (self.servers.remove_group if what == "server group" else self.network.remove_group)(made)
 
     # Disks
 
@@ -344,11 +331,22 @@ class OpenStackCloud(Cloud):
             for port, reserved in self.network.reserved(deployment)
             if reserved not in waiting
         ]
-        if not networks and (
-            self.network.groups(deployment) or self.servers.groups(deployment) or self.images.of_deployment(deployment)
-        ):
-            found.append(Orphan(OrphanKind.NETWORK, deployment, f"security groups and images of {deployment}", None))
+        groups = {o.group for o in known}
+        found += [
+            Orphan(OrphanKind.NETWORK, str(made["id"]), f"{what} {made['name']}", None)
+            for what, made, label in self._of_groups(deployment)
+            if label not in groups
+        ]
+        if not known and not networks and self.images.of_deployment(deployment):
+            found.append(Orphan(OrphanKind.NETWORK, deployment, f"images of {deployment}", None))
         return found
+
+    def _of_groups(self, deployment: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """(what, object, replica group) of all that belongs to whole groups."""
+        for made in self.network.groups(deployment):
+            yield "security group", made, (group_of_label(made["description"]) or ("", ""))[1]
+        for made in self.servers.groups(deployment):
+            yield "server group", made, (group_of_label(made["name"]) or ("", ""))[1]
 
     def sweep(self, deployment: str, orphans: Sequence[Orphan]) -> None:
         for orphan in orphans:
@@ -366,30 +364,18 @@ class OpenStackCloud(Cloud):
                 self._leave(deployment, orphan.owner.group)
 
     def _sweep_network(self, deployment: str, orphan: Orphan) -> None:
-        if orphan.id == deployment:
-            self.delete_network(deployment, orphan.name)
-            return
+        """What is not found among ours is gone, or not ours: then it is not touched."""
         for port, _ in self.network.reserved(deployment):
             if port["id"] == orphan.id:
                 self.network.remove_port(port)
+        for what, made, _ in self._of_groups(deployment):
+            if made["id"] == orphan.id:
+                (self.servers.remove_group if what == "server group" else self.network.remove_group)(made)
+        if orphan.id == deployment:
+            self.images.remove_all(deployment)
 
     def close(self) -> None:
         self.api.close()
-
-
-def flavor_faults(flavor: Mapping[str, Any], memory_mib: int, cpus: int, root_bytes: int) -> list[str]:
-    """What is wrong with a flavor for such a machine, in words."""
-    wrong = []
-    if int(flavor.get("ram") or 0) < memory_mib:
-        wrong.append(f"{flavor.get('ram')} MiB of memory, the spec wants {memory_mib}")
-    if int(flavor.get("vcpus") or 0) < cpus:
-        wrong.append(f"{flavor.get('vcpus')} CPUs, the spec wants {cpus}")
-    disk = int(flavor.get("disk") or 0) * GIB
-    if disk and disk < root_bytes:
-        wrong.append(f"a disk of {disk >> 30} GiB, the image has {-(-root_bytes // GIB)}")
-    if int(flavor.get("OS-FLV-EXT-DATA:ephemeral") or 0) or int(flavor.get("swap") or 0):
-        wrong.append("an ephemeral or swap disk, which would take the place of the state disk /dev/vdb")
-    return wrong
 
 
 def own_address(towards: str) -> str:

@@ -6,6 +6,7 @@ configuration, exactly like every later one. Killed anywhere, run again, it ends
 
 from dataclasses import dataclass
 
+from cloudfit_orchestrator.controller import preflight
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.configure import Configurer, Seat
 from cloudfit_orchestrator.controller.journal import GroupState, Operation
@@ -88,6 +89,7 @@ def apply(context: Context, spec: GroupSpec) -> Applied:
     # Before anything is written or made:
     images = {r: image_of(context, spec, r, pinned.get(r, "")) for r, _ in spec.placement}
     if known is None:
+        preflight.check(context, spec, images)
         context.journal.put_group(spec.group, GroupState.APPLYING, text)
     names = {replica: pin(image) for replica, image in images.items()}
     operation = context.journal.open_operation("apply", spec.group, "", {"images": names})

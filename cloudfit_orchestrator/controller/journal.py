@@ -178,11 +178,12 @@ class Journal:
         """The group, unless there is none or it is gone."""
         return next((g for g in self.groups() if g.name == name), None)
 
-    def groups(self) -> list[GroupRow]:
-        """All groups that are not gone, by name."""
+    def groups(self, *, gone: bool = False) -> list[GroupRow]:
+        """All groups, by name; those that are gone only if asked for."""
         with self._db.read() as db:
-            rows = db.execute("SELECT name, spec, state FROM groups WHERE state<>'gone' ORDER BY name").fetchall()
-        return [GroupRow(name, spec, GroupState(state)) for name, spec, state in rows]
+            rows = db.execute("SELECT name, spec, state FROM groups ORDER BY name").fetchall()
+        found = [GroupRow(name, spec, GroupState(state)) for name, spec, state in rows]
+        return [g for g in found if gone or g.state is not GroupState.GONE]
 
     def put_group(self, name: str, state: GroupState, spec: str | None = None) -> None:
         """Insert or change it; `spec` None keeps the stored one."""

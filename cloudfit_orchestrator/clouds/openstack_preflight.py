@@ -1,0 +1,332 @@
+"""What would make a group fail on an OpenStack cloud, found before anything is made, all at once.
+
+Only reads, unless a probe is asked for: that makes and removes a security group, a port and a server group, because a
+policy shows itself in no other way.
+"""
+
+import datetime as dt
+import email.utils
+import socket
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from cloudfit_orchestrator.clouds.base import Demand, Finding
+from cloudfit_orchestrator.clouds.openstack_api import COMPUTE_VERSION, SERVICES, Api
+from cloudfit_orchestrator.clouds.openstack_images import MAX_COMMAND_LINE
+from cloudfit_orchestrator.clouds.openstack_network import Network
+from cloudfit_orchestrator.clouds.openstack_servers import Servers
+from cloudfit_orchestrator.clouds.openstack_tags import Reservation
+from cloudfit_orchestrator.clouds.openstack_volumes import gib
+from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError
+from cloudfit_orchestrator.model.image import Role
+from cloudfit_orchestrator.model.spec import OpenStackPlace
+
+GIB = 1 << 30
+DURING_RECOVERY = 2  # machines beside the old one: the new one, and the recovery machine over its disk
+MAX_SKEW_S = 300.0  # Keystone's tokens and Fernet keys bear that much at most in common settings
+WARN_SKEW_S = 30.0
+WARN_CERTIFICATE_DAYS = 14
+TLS_TIMEOUT_S = 10.0
+EXTENSIONS = ("security-group", "port-security", "standard-attr-description")
+FORMATS = ("aki", "ari", "raw", "qcow2")  # kernel, initramfs, root, empty state disk
+IMAGES = 4  # Glance images a deployment: the formats above
+_USEFUL_ROLES = frozenset({"member", "admin", "manager"})
+
+
+def flavor_faults(flavor: Mapping[str, Any], memory_mib: int, cpus: int, root_bytes: int) -> list[str]:
+    """What is wrong with a flavor for such a machine, in words."""
+    wrong = []
+    if int(flavor.get("ram") or 0) < memory_mib:
+        wrong.append(f"{flavor.get('ram')} MiB of memory, the spec wants {memory_mib}")
+    if int(flavor.get("vcpus") or 0) < cpus:
+        wrong.append(f"{flavor.get('vcpus')} CPUs, the spec wants {cpus}")
+    disk = int(flavor.get("disk") or 0) * GIB
+    if disk and disk < root_bytes:
+        wrong.append(f"a disk of {disk >> 30} GiB, the image has {-(-root_bytes // GIB)}")
+    if int(flavor.get("OS-FLV-EXT-DATA:ephemeral") or 0) or int(flavor.get("swap") or 0):
+        wrong.append("an ephemeral or swap disk, which would take the place of the state disk /dev/vdb")
+    return wrong
+
+
+def find_flavor(api: Api, name: str) -> dict[str, Any]:
+    """The flavor by name or id. PermanentError if there is none."""
+    listed = api.list("compute", "/flavors/detail", "flavors", f"look up the flavor {name}", limit="500")
+    found = next((f for f in listed if name in (f.get("name"), f.get("id"))), None)
+    if found is None:
+        known = ", ".join(sorted(str(f.get("name")) for f in listed)) or "none"
+        raise PermanentError(
+            f"{api.name} has no flavor {name!r}; it has {known}", next_command="correct flavor in the spec"
+        )
+    return found
+
+
+class Preflight:
+    """One look at one cloud."""
+
+    def __init__(
+        self,
+        api: Api,
+        place: OpenStackPlace,
+        network: Network,
+        servers: Servers,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock`: seconds since the epoch."""
+        self._api, self._place, self._network, self._servers, self._clock = api, place, network, servers, clock
+
+    def run(self, demand: Demand, *, probe: bool = False) -> list[Finding]:
+        """All findings; those that need no connection or no catalogue first."""
+        found = [self._credentials()]
+        if found[0].verdict == "fail":
+            return found
+        found += self._services()
+        checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+            ("clock", self._clock_skew),
+            ("certificate", self._certificates),
+            ("compute version", self._version),
+            ("flavor", lambda: self._flavor(demand)),
+            ("zone", self._zone),
+            ("network", self._net),
+            ("image formats", lambda: self._images(demand)),
+            ("volume type", self._volume_type),
+            ("quota of compute", lambda: self._compute_quota(demand)),
+            ("quota of volumes", lambda: self._volume_quota(demand)),
+            ("quota of network", lambda: self._network_quota(demand)),
+        ]
+        if probe:
+            checks.append(("allowed calls", self._probe))
+        for name, check in checks:
+            found += _guarded(name, check)
+        return found
+
+    def _credentials(self) -> Finding:
+        def look() -> list[Finding]:
+            access = self._api.access()
+            roles = sorted(access.role_names)
+            text = f"project {access.project_name or access.project_id}, roles {', '.join(roles) or 'none'}"
+            if not _USEFUL_ROLES & set(roles):
+                fix = f"give the user the role member in the project, in {self._api.name}"
+                return [Finding("credentials", "warn", f"{text}: none that may usually create servers", fix)]
+            return [Finding("credentials", "ok", text)]
+
+        return _guarded("credentials", look)[0]
+
+    def _services(self) -> list[Finding]:
+        found = []
+        for service in SERVICES:
+
+            def look(service: str = service) -> list[Finding]:
+                url = self._api.endpoint(service)
+                if url is None:
+                    fix = f"openstack --os-cloud {self._api.cloud} catalog list; the driver needs {service}"
+                    return [Finding(f"service {service}", "fail", "not in the catalogue of this region", fix)]
+                return [Finding(f"service {service}", "ok", url)]
+
+            found += _guarded(f"service {service}", look)
+        return found
+
+    def _keystone(self) -> str:
+        with self._api.connection() as connection:
+            return str(connection.config.get_auth_args().get("auth_url", ""))
+
+    def _clock_skew(self) -> list[Finding]:
+        stamp = None
+        with self._api.connection() as connection:
+            for url in (self._keystone(), *filter(None, map(self._api.endpoint, SERVICES))):
+                answer = connection.session.get(url, authenticated=False, raise_exc=False, timeout=TLS_TIMEOUT_S)
+                stamp = stamp or answer.headers.get("Date")
+        if not stamp:
+            return [Finding("clock", "warn", "no service tells the time")]
+        skew = email.utils.parsedate_to_datetime(stamp).timestamp() - self._clock()
+        verdict = "fail" if abs(skew) > MAX_SKEW_S else "warn" if abs(skew) > WARN_SKEW_S else "ok"
+        fix = "" if verdict == "ok" else "set the clock: timedatectl set-ntp true"
+        return [Finding("clock", verdict, f"the cloud is {skew:+.0f} s from this host", fix)]
+
+    def _certificates(self) -> list[Finding]:
+        urls = {self._keystone(), *(u for u in map(self._api.endpoint, SERVICES) if u)}
+        plain = sorted(u for u in urls if urlsplit(u).scheme != "https")
+        found = []
+        if plain:
+            fix = "use https endpoints anywhere but on one machine"
+            found.append(Finding("certificate", "warn", f"no TLS at {', '.join(plain)}: the password is in clear", fix))
+        with self._api.connection() as connection:
+            verify, _ = connection.config.get_requests_verify_args()
+        for host, port in sorted({(urlsplit(u).hostname or "", urlsplit(u).port or 443) for u in urls - set(plain)}):
+            found += _guarded(
+                f"certificate {host}:{port}",
+                lambda h=host, p=port: [self._certificate(h, p, verify)],  # type: ignore[misc]
+            )
+        return found
+
+    def _certificate(self, host: str, port: int, verify: object) -> Finding:
+        name = f"certificate {host}:{port}"
+        context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+        try:
+            with (
+                socket.create_connection((host, port), TLS_TIMEOUT_S) as plain,
+                context.wrap_socket(plain, server_hostname=host) as secure,
+            ):
+                ends = ssl.cert_time_to_seconds(str((secure.getpeercert() or {})["notAfter"]))
+        except ssl.SSLCertVerificationError as error:
+            return Finding(name, "fail", error.verify_message, "set cacert in clouds.yaml, or renew the certificate")
+        except OSError as error:
+            return Finding(name, "fail", f"no connection: {error}", "check the network and clouds.yaml")
+        days = (ends - self._clock()) / 86400
+        when = dt.datetime.fromtimestamp(ends, dt.UTC).date().isoformat()
+        if days < WARN_CERTIFICATE_DAYS:
+            return Finding(name, "warn", f"ends on {when}, in {days:.0f} days", "renew it")
+        return Finding(name, "ok", f"good until {when}")
+
+    def _version(self) -> list[Finding]:
+        document = self._api.get("compute", "/", "ask Nova for its version") or {}
+        newest = str((document.get("version") or {}).get("version") or "0.0")
+        wanted = tuple(int(x) for x in COMPUTE_VERSION.split("."))
+        if tuple(int(x) for x in newest.split(".")) < wanted:
+            fix = "OpenStack Rocky (2018) or newer is needed"
+            return [Finding("compute version", "fail", f"{newest}, {COMPUTE_VERSION} is needed", fix)]
+        return [Finding("compute version", "ok", newest)]
+
+    def _flavor(self, demand: Demand) -> list[Finding]:
+        flavor = find_flavor(self._api, self._place.flavor)
+        wrong = flavor_faults(flavor, demand.memory_mib, demand.cpus, demand.root_bytes)
+        text = f"{flavor['name']}: {flavor['ram']} MiB, {flavor['vcpus']} CPUs, {flavor['disk']} GiB"
+        found = [Finding("flavor", "fail", w, "name another flavor in the spec") for w in wrong]
+        if not int(flavor.get("disk") or 0):
+            fix = "name a flavor with a disk: by default only administrators may boot images without one"
+            found.append(Finding("flavor", "warn", f"{text}: no disk", fix))
+        return found or [Finding("flavor", "ok", text)]
+
+    def _zone(self) -> list[Finding]:
+        if not self._place.availability_zone:
+            return [Finding("zone", "ok", "as the cloud likes")]
+        tried = "list availability zones"
+        zones = self._api.list("compute", "/os-availability-zone", "availabilityZoneInfo", tried)
+        up = [str(z.get("zoneName")) for z in zones if (z.get("zoneState") or {}).get("available")]
+        if self._place.availability_zone not in up:
+            text = f"no zone {self._place.availability_zone!r} that is up; there are {', '.join(up) or 'none'}"
+            return [Finding("zone", "fail", text, "correct availability_zone in the spec")]
+        return [Finding("zone", "ok", self._place.availability_zone)]
+
+    def _net(self) -> list[Finding]:
+        network, subnet = self._network.require(), self._network.subnet()
+        lease = "with DHCP" if subnet.get("enable_dhcp") else "without DHCP"
+        text = f"{network['name']}: {subnet['cidr']}, gateway {subnet['gateway_ip']}, {lease} (not needed)"
+        found = [Finding("network", "ok", text)]
+        if network.get("port_security_enabled") is False:
+            fix = f"openstack network set --enable-port-security {self._place.network}"
+            found.append(Finding("network", "fail", "port security is off: nothing keeps others out", fix))
+        listed = self._api.list("network", "/extensions", "extensions", "list Neutron's extensions")
+        missing = sorted(set(EXTENSIONS) - {str(e.get("alias")) for e in listed})
+        if missing:
+            fix = "ask the operator of the cloud to load them"
+            found.append(Finding("network", "fail", f"Neutron lacks {', '.join(missing)}", fix))
+        return found
+
+    def _images(self, demand: Demand) -> list[Finding]:
+        schema = self._api.get("image", "/schemas/image", "ask Glance for its formats") or {}
+        allowed = ((schema.get("properties") or {}).get("disk_format") or {}).get("enum") or []
+        missing = [f for f in FORMATS if allowed and f not in allowed]
+        found = []
+        if missing:
+            fix = f"disk_formats in glance-api.conf must have {', '.join(FORMATS)}"
+            found.append(Finding("image formats", "fail", f"Glance does not take {', '.join(missing)}", fix))
+        if len(demand.command_line) > MAX_COMMAND_LINE:
+            text = f"the kernel's command line has {len(demand.command_line)} characters, Nova keeps {MAX_COMMAND_LINE}"
+            found.append(Finding("image formats", "fail", text, "shorten command_line in the image's recipe"))
+        return found or [Finding("image formats", "ok", ", ".join(FORMATS))]
+
+    def _volume_type(self) -> list[Finding]:
+        if not self._place.volume_type:
+            return [Finding("volume type", "ok", "the cloud's default")]
+        listed = self._api.list("volume", "/types", "volume_types", "list volume types")
+        names = sorted(str(t.get("name")) for t in listed)
+        if self._place.volume_type not in names:
+            text = f"no volume type {self._place.volume_type!r}; there are {', '.join(names) or 'none'}"
+            return [Finding("volume type", "fail", text, "correct volume_type in the spec")]
+        return [Finding("volume type", "ok", self._place.volume_type)]
+
+    def _limits(self, service: str) -> dict[str, Any]:
+        document = self._api.get(service, "/limits", f"ask for the limits of {service}") or {}
+        return dict((document.get("limits") or {}).get("absolute") or {})
+
+    def _compute_quota(self, demand: Demand) -> list[Finding]:
+        limits = self._limits("compute")
+        try:
+            flavor = find_flavor(self._api, self._place.flavor)
+        except PermanentError:
+            flavor = {"ram": demand.memory_mib, "vcpus": demand.cpus}  # another check says it
+        rows = (
+            ("instances", "maxTotalInstances", "totalInstancesUsed", 1),
+            ("cores", "maxTotalCores", "totalCoresUsed", int(flavor["vcpus"])),
+            ("MiB of memory", "maxTotalRAMSize", "totalRAMUsed", int(flavor["ram"])),
+        )
+        found = [self._room("compute", what, limits, names, each * demand.machines, each * DURING_RECOVERY)
+                 for what, *names, each in rows]  # fmt: skip
+        return [*found, self._room("compute", "server groups", limits, ["maxServerGroups", "totalServerGroupsUsed"], 1)]
+
+    def _volume_quota(self, demand: Demand) -> list[Finding]:
+        limits, each = self._limits("volume"), gib(demand.state_mib)
+        rows = (
+            ("volumes", "maxTotalVolumes", "totalVolumesUsed", 1, DURING_RECOVERY),
+            ("GiB", "maxTotalVolumeGigabytes", "totalGigabytesUsed", each, each * (DURING_RECOVERY + 1)),
+        )
+        found = [self._room("volumes", what, limits, names, each * demand.machines, more)
+                 for what, *names, each, more in rows]  # fmt: skip
+        names = ["maxTotalSnapshots", "totalSnapshotsUsed"]
+        return [*found, self._room("volumes", "snapshots", limits, names, 0, 1)]
+
+    def _network_quota(self, demand: Demand) -> list[Finding]:
+        path = f"/quotas/{self._api.project()}/details"
+        document = self._api.get("network", path, "ask for the quota of Neutron") or {}
+        quota = document.get("quota") or {}
+        wanted = {"port": (demand.machines, DURING_RECOVERY), "security_group": (1, 0)}
+        found = []
+        for what, (now, more) in wanted.items():
+            q = quota.get(what) or {}
+            limits = {"max": q.get("limit", -1), "used": int(q.get("used") or 0) + int(q.get("reserved") or 0)}
+            found.append(self._room("network", f"{what}s", limits, ["max", "used"], now, more))
+        return found
+
+    def _room(
+        self, of: str, what: str, limits: Mapping[str, Any], names: list[str], needed: int, during_recovery: int = 0
+    ) -> Finding:
+        name, (most, used) = f"quota of {of}", (int(limits.get(n) or 0) for n in names)
+        if names[0] not in limits or most < 0:
+            return Finding(name, "ok", f"{what}: no limit")
+        text = f"{what}: {used} of {most} used, {needed} needed"
+        fix = f"openstack --os-cloud {self._api.cloud} quota show; ask the operator of the cloud for more"
+        if used + needed > most:
+            return Finding(name, "fail", text, fix)
+        if used + needed + during_recovery > most:
+            return Finding(name, "warn", f"{text}, and {during_recovery} more during a recovery", fix)
+        return Finding(name, "ok", text)
+
+    def _probe(self) -> list[Finding]:
+        """What we may do shows only when we do it. Everything carries a deployment of its own, and is removed."""
+        deployment, group = f"preflight-{uuid.uuid4().hex[:8]}", "probe"
+        found = []
+        try:
+            self._network.reserve(Reservation(deployment, group, "r0", Role.REPLICA, "probe"))
+            self._servers.ensure_group(deployment, group)
+            found.append(Finding("allowed calls", "ok", "security groups, ports with an address, server groups"))
+        except PermanentError as error:
+            found.append(Finding("allowed calls", "fail", error.fact, error.next_command))
+        finally:
+            for port, _ in self._network.reserved(deployment):
+                self._network.remove_port(port)
+            for made in self._network.groups(deployment):
+                self._network.remove_group(made)
+            for made in self._servers.groups(deployment):
+                self._servers.remove_group(made)
+        return found
+
+
+def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        return check()
+    except CloudfitError as error:
+        return [Finding(name, "fail", error.fact, error.next_command)]
