@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="keep the inputs that reach new code here (default: thrown away)")
+    parser.add_argument(
+        "--work", type=Path, help="keep the inputs that reach new code here (default: /tmp/cf-fuzz-TARGET)"
+    )
     parser.add_argument("--adopt", action="store_true", help="do not fuzz: copy the smallest of --work to the corpus")
     parser.add_argument("--findings", type=Path, default=Path(), help="where an input that breaks the target goes")
     arguments = parser.parse_args()
@@ -33,7 +35,7 @@ def main() -> None:
         return
     with atheris.instrument_imports(include=["cloudfit_orchestrator"], enable_loader_override=False):
         target = importlib.import_module(f"tests.fuzz.fuzz_{arguments.target}")
-    work = arguments.work or Path(tempfile.mkdtemp(prefix="cf-fuzz-corpus-"))
+    work = arguments.work or Path(tempfile.gettempdir()) / f"cf-fuzz-{arguments.target}"
     work.mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(target.seeds()):
         (work / f"seed-{i}").write_bytes(seed)
