@@ -9,7 +9,7 @@ Nodes are plain tuples (the collector of garbage forgets tuples that hold only b
 of a class again and again):
 
 - leaf: (hash, size, n, key 1 … key n, value 1 … value n), keys ascending
-- branch: (hash, size, -n, child 0 … child 7)
+- branch: (hash, size, None, n, child 0 … child 7)
 
 `n` is the number of entries below the node, `size` that of their encoding in a chunk, in bytes. Keys are placed by 64
 bits of their BLAKE2s: 10 choose the bucket, 54 lead through at most `MAX_DEPTH` branches. Two keys that share k bits
@@ -38,7 +38,8 @@ ENTRY_OVERHEAD = 8  # bytes of an entry in a chunk's encoding beside key and val
 
 _LEAF = b"cloudfit/state-leaf/v2\0"
 _BRANCH = b"cloudfit/state-branch/v2\0"
-_BODY = 3  # where the keys, or the children, of a node begin
+_BODY = 3  # where the keys of a leaf begin
+_CHILD = 4  # where the children of a branch begin; the walk down looks at `None` only, which is always at hand
 _DIGIT = WIDTH - 1
 _BUCKET = (1 << BUCKET_BITS) - 1
 _LENGTHS = [struct.Struct(f">{1 + 2 * n}I") for n in range(LEAF_ENTRIES + 1)]
@@ -51,8 +52,8 @@ def place(key: bytes) -> int:
 
 def lookup(node: Node, way: int, key: bytes) -> bytes | None:
     """The value of `key`, whose place without the bits of the bucket is `way`, or None."""
-    while (n := node[2]) < 0:
-        node = node[_BODY + (way & _DIGIT)]
+    while (n := node[2]) is None:
+        node = node[_CHILD + (way & _DIGIT)]
         way >>= DIGIT_BITS
     i = bisect_left(node, key, _BODY, _BODY + n)
     if i < _BODY + n and node[i] == key:
@@ -63,24 +64,24 @@ def lookup(node: Node, way: int, key: bytes) -> bytes | None:
 
 def updated(node: Node, changes: list[Change], depth: int = 0) -> Node:
     """The node after `changes`, each of another key; the same one if they change nothing."""
-    if node[2] >= 0:
+    if node[2] is not None:
         return _updated_leaf(node, changes, depth)
     if len(changes) == 1:
         way, key, value = changes[0]
-        i = _BODY + (way & _DIGIT)
+        i = _CHILD + (way & _DIGIT)
         old = node[i]
         new = updated(old, [(way >> DIGIT_BITS, key, value)], depth + 1)
         if new is old:
             return node
-        size, n = node[1] + new[1] - old[1], count(new) - count(old) - node[2]
-        return _branch((*node[_BODY:i], new, *node[i + 1 :]), size, n)
+        size, n = node[1] + new[1] - old[1], count(new) - count(old) + node[3]
+        return _branch((*node[_CHILD:i], new, *node[i + 1 :]), size, n)
     parts: dict[int, list[Change]] = {}
     for way, key, value in changes:
         parts.setdefault(way & _DIGIT, []).append((way >> DIGIT_BITS, key, value))
-    children = list(node[_BODY:])
+    children = list(node[_CHILD:])
     for digit, part in parts.items():
         children[digit] = updated(children[digit], part, depth + 1)
-    if all(new is old for new, old in zip(children, node[_BODY:], strict=True)):
+    if all(new is old for new, old in zip(children, node[_CHILD:], strict=True)):
         return node
     return _branch(tuple(children), sum([child[1] for child in children]), sum(map(count, children)))
 
@@ -107,8 +108,8 @@ def build(items: Iterable[tuple[bytes, bytes]], bucket: int | None = None) -> No
 
 def count(node: Node) -> int:
     """How many entries the node holds."""
-    n: int = node[2]
-    return n if n >= 0 else -n
+    n: int = node[3] if node[2] is None else node[2]
+    return n
 
 
 def leaves(node: Node) -> Iterator[Node]:
@@ -116,8 +117,8 @@ def leaves(node: Node) -> Iterator[Node]:
     waiting = [node]
     while waiting:
         node = waiting.pop()
-        if node[2] < 0:
-            waiting += node[: _BODY - 1 : -1]
+        if node[2] is None:
+            waiting += node[: _CHILD - 1 : -1]
         else:
             yield node
 
@@ -144,8 +145,8 @@ def differences(old: Node, new: Node) -> dict[bytes, bytes | None]:
         before, after = waiting.pop()
         if before is after or before[0] == after[0]:
             continue
-        if before[2] < 0 and after[2] < 0:
-            waiting += zip(before[_BODY:], after[_BODY:], strict=True)
+        if before[2] is None and after[2] is None:
+            waiting += zip(before[_CHILD:], after[_CHILD:], strict=True)
             continue
         gone = entries(before)
         found.update((key, value) for key, value in entries(after).items() if gone.pop(key, None) != value)
@@ -225,7 +226,7 @@ def _branch(children: tuple[Node, ...], size: int, n: int) -> Node:
 def _hashed_branch(children: tuple[Node, ...], size: int, n: int) -> Node:
     """Hashed: tag ‖ the children's hashes, 32 bytes each."""
     digest = sha256(b"".join((_BRANCH, *[child[0] for child in children]))).digest()
-    return digest, size, -n, *children
+    return digest, size, None, n, *children
 
 
 EMPTY = _leaf((), 0)

@@ -30,7 +30,7 @@ def chosen_places(monkeypatch):
 
 
 def depth(node: trie.Node) -> int:
-    return 0 if node[2] >= 0 else 1 + max(map(depth, node[3:]))
+    return 0 if node[2] is not None else 1 + max(map(depth, node[4:]))
 
 
 def changed(node: trie.Node, changes: dict[bytes, bytes | None]) -> trie.Node:
@@ -98,7 +98,7 @@ def test_other_content_has_another_hash(one, other):
 
 def test_a_leaf_cannot_pass_as_a_branch():
     branch = trie.build({b"flat%d" % i: b"" for i in range(100)}.items(), 0)
-    hashed = b"".join(child[0] for child in branch[3:])
+    hashed = b"".join(child[0] for child in branch[4:])
     assert trie.build({b"flat": hashed}.items())[0] != branch[0]
     assert trie.build({hashed: b""}.items())[0] != branch[0]
 
