@@ -1,9 +1,10 @@
-/* ordering.pml: streams, votes and view changes of one configuration (docs/protocol.md sections 1, 3 and 5).
+/* ordering.pml: streams, votes and view changes of one configuration (docs/protocol.md sections 1, 3, 4 and 5).
  *
  * The model keeps what every judge would compute from the streams that exist (R4), and nothing of who has received what:
  * a correct member may act on anything that exists, at any later time, or never. README.md says what is left out.
  *
- * Settings:  N, QC, QV, VIEWS, SLOTS, EBAWA (rotating proposers and the blacklist; without it `minbft`).
+ * Settings:  N, QC, QV, VIEWS, SLOTS, EBAWA (rotating proposers and the blacklist; without it `minbft`),
+ *            WINDOW (L: STABLEs open the window and logs may begin at one, K = 1; without it all slots are in the window).
  * Switches:  each leaves one rule out, and then pan must find a violation. They stand where the rule is applied.
  */
 #ifndef N
@@ -23,6 +24,11 @@
 #endif
 #ifndef SLOTS
 #define SLOTS 1
+#endif
+#ifdef WINDOW
+#define L WINDOW
+#else
+#define L SLOTS
 #endif
 #ifdef LEADER_SKIPS_BLACKLIST
 #define LEADERS 2  /* NEW-VIEWs of one view that can stand */
@@ -54,10 +60,15 @@ typedef Stream {          /* what a judge knows of a member's stream: protocol s
   byte e;                 /* view entered last */
   byte p;                 /* last slot proposed */
   bit branch;             /* which NEW-VIEW of e was entered: 0 unless a view can have two leaders */
-  byte best[SLOTS]        /* per slot the eligible entry of the highest view */
+  byte h;                 /* slot of the last STABLE */
+  byte stables;           /* all of them, as a set of slots */
+  byte e_at;              /* h when e was entered */
+  byte best[SLOTS];       /* per slot the eligible entry of the highest view */
+  byte at[SLOTS]          /* h when it was written: it comes after every STABLE up to that one */
 };
 typedef ViewChange {      /* the log O that it names */
   bit sent;
+  byte h;
   byte e;
   bit branch;
   byte best[SLOTS]
@@ -65,8 +76,9 @@ typedef ViewChange {      /* the log O that it names */
 typedef NewView {
   bit sent;
   byte blacklist;         /* N: nobody */
+  byte h_star;
   byte s_max;
-  byte S[SLOTS];
+  byte S[SLOTS];          /* of slots above h* */
   byte voters             /* its leader and the COMMIT(NEW-VIEW)s */
 };
 Stream stream[N];
@@ -113,13 +125,18 @@ byte faulty;                        /* the set of at most F members */
 #else
 #define R3(m, s) ((s) >= stream[m].p)
 #endif
+#ifdef VOTES_BEYOND_WINDOW
+#define R2(m, slots) true
+#else
+#define R2(m, slots) ((slots) <= stream[m].h + L)
+#endif
 #define R1(m, g) (R1_ENTERED(m, g) && !R1_STOPPED(m, g))
 #define IS_PROPOSER(m, g, s) (PROPOSER(g, (g == stream[m].e -> stream[m].branch : 0), s) == (m))
 /* What a correct member keeps to beyond the rules ("Sending"): the view it is in, one vote a slot and view. */
-#define SENDS(m, g, s) (FAULTY(m) || (g) == stream[m].e && stream[m].v <= (g) && !VOTED(m, g, s))
+#define SENDS(m, g, s) (FAULTY(m) || (g) == stream[m].e && stream[m].v <= (g) && (s) >= stream[m].h && !VOTED(m, g, s))
 
 /* ---- what follows from a message ------------------------------------------------------------------------------------ */
-hidden byte i, j, s_max, e_max, branch, blamed, top;
+hidden byte i, j, h_star, s_max, e_max, branch, blamed, top;
 hidden byte S[SLOTS];
 
 inline say(value) {
@@ -151,7 +168,7 @@ inline decide(g, s, value) {
   decided[s] = value;
   for (i : g * LEADERS + LEADERS .. VIEWS * LEADERS - 1) {
     if
-    :: newview[i].sent && newview[i].S[s] != value ->
+    :: newview[i].sent && s >= newview[i].h_star && newview[i].S[s] != value ->
       printf("VIOLATION: NEW-VIEW(%d) has lost slot %d\n", i / LEADERS, s + 1); assert(false)
     :: else
     fi
@@ -160,7 +177,7 @@ inline decide(g, s, value) {
 
 inline eligible(m, g, s, value) {
   if
-  :: ENTRY(g, value) > stream[m].best[s] -> stream[m].best[s] = ENTRY(g, value)
+  :: ENTRY(g, value) > stream[m].best[s] -> stream[m].best[s] = ENTRY(g, value); stream[m].at[s] = stream[m].h
   :: else
   fi
 }
@@ -207,18 +224,43 @@ inline commit(m, g, s, k) {
 #endif
 }
 
-inline view_change(m, g, hidden_log) {
-  who(m); printf("VIEW-CHANGE(%d)", g); if :: hidden_log -> printf(" with an empty log") :: else fi; printf("\n");
+/* What a log that starts at STABLE(from) holds of slot s. */
+#ifdef STABLE_WITHOUT_VIEW
+#define VIEW_KNOWN(m, from, s) (VIEW_OF(stream[m].best[s]) != stream[m].e || stream[m].e == 0 || stream[m].e_at >= (from))
+#else
+#define VIEW_KNOWN(m, from, s) true
+#endif
+#define IN_LOG(m, from, s) (stream[m].at[s] >= (from) && VIEW_KNOWN(m, from, s))
+
+inline view_change(m, g, from, hidden_log) {
+  who(m); printf("VIEW-CHANGE(%d)", g);
+  if :: hidden_log -> printf(" with an empty log") :: else fi;
+  if :: from > 0 -> printf(" with its log from STABLE(%d)", from) :: else fi;
+  printf("\n");
   stream[m].v = g;
   CHANGE(m, g).sent = 1;
+  CHANGE(m, g).h = stream[m].h;
   CHANGE(m, g).e = stream[m].e;
   CHANGE(m, g).branch = stream[m].branch;
-  for (i : 0 .. SLOTS - 1) { CHANGE(m, g).best[i] = (hidden_log -> NOTHING : stream[m].best[i]) }
+  for (i : 0 .. SLOTS - 1) { CHANGE(m, g).best[i] = (!hidden_log && IN_LOG(m, from, i) -> stream[m].best[i] : NOTHING) }
+}
+
+inline stable(m, x) {
+  who(m); printf("STABLE(%d)\n", x);
+  stream[m].h = x;
+  stream[m].stables = stream[m].stables | ONLY(x)
 }
 
 /* S, s_max and the blacklist, recomputed by everyone from the VIEW-CHANGEs of the members in q (section 5, steps 3 and 4). */
 inline merge(g, q) {
-  s_max = 0; e_max = 0; branch = 0;
+  h_star = 0; e_max = 0; branch = 0;
+  for (j : 0 .. N - 1) {
+    if
+    :: HAS(q, j) && CHANGE(j, g).h > h_star -> h_star = CHANGE(j, g).h
+    :: else
+    fi
+  }
+  s_max = h_star;
   for (i : 0 .. SLOTS - 1) {
     top = NOTHING;
     for (j : 0 .. N - 1) {
@@ -231,15 +273,15 @@ inline merge(g, q) {
       :: else
       fi
     }
-    S[i] = VALUE_OF(top);
+    S[i] = (i < h_star -> NOTHING : VALUE_OF(top));
     if
-    :: top -> s_max = i + 1
+    :: S[i] -> s_max = i + 1
     :: else
     fi
   }
   for (i : 0 .. SLOTS - 1) {
     if
-    :: i < s_max && S[i] == NOTHING -> S[i] = NOOP
+    :: i >= h_star && i < s_max && S[i] == NOTHING -> S[i] = NOOP
     :: else
     fi
   }
@@ -251,6 +293,7 @@ inline merge(g, q) {
   }
 #ifdef EBAWA
   blamed = (e_max == 0 -> 0 : NV(e_max, branch).s_max);  /* the lowest slot without a proposal of e_max */
+  blamed = (blamed < h_star -> h_star : blamed);
   for (i : blamed .. SLOTS - 1) {
     top = 0;
     for (j : 0 .. N - 1) {
@@ -270,10 +313,11 @@ inline merge(g, q) {
 
 inline enter(m, g, i_nv) {
   stream[m].e = g;
+  stream[m].e_at = stream[m].h;
   stream[m].branch = i_nv;
   stream[m].p = NV(g, i_nv).s_max;
   NV(g, i_nv).voters = NV(g, i_nv).voters | ONLY(m);
-  for (j : 0 .. NV(g, i_nv).s_max - 1) {
+  for (j : NV(g, i_nv).h_star .. NV(g, i_nv).s_max - 1) {
 #ifndef NEW_VIEWS_NOT_ELIGIBLE
     eligible(m, g, j, NV(g, i_nv).S[j]);
 #endif
@@ -288,15 +332,17 @@ inline enter(m, g, i_nv) {
 inline new_view(m, g, q) {
   who(m); printf("NEW-VIEW(%d) from set %d, blacklists %d: S =", g, q, blamed);
   for (i : 0 .. SLOTS - 1) { printf(" "); say(S[i]) }
+  if :: h_star -> printf(" above h* = %d", h_star) :: else fi;
   printf("\n");
   branch = (NV(g, 0).sent -> LEADERS - 1 : 0);
   NV(g, branch).sent = 1;
+  NV(g, branch).h_star = h_star;
   NV(g, branch).s_max = s_max;
   NV(g, branch).blacklist = blamed;
   for (i : 0 .. SLOTS - 1) {
     NV(g, branch).S[i] = S[i];
     if
-    :: decided[i] != NOTHING && decided_in[i] < g && S[i] != decided[i] ->
+    :: i >= h_star && decided[i] != NOTHING && decided_in[i] < g && S[i] != decided[i] ->
       printf("VIOLATION: NEW-VIEW(%d) has lost slot %d\n", g, i + 1); assert(false)
     :: else
     fi
@@ -318,10 +364,10 @@ inline commit_new_view(m, g, i_nv) {
 #define MAY_SKIP false
 #endif
 #define PROPOSE(g, s) \
-  :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && R3(m, s) && VOTES(g, s, FIRST) == 0 && IS_PROPOSER(m, g, s) && SENDS(m, g, s) -> propose(m, g, s, FIRST); skip } \
-  :: d_step { MAY_SKIP && g < VIEWS && s < SLOTS && R1(m, g) && R3(m, s) && VOTES(g, s, SKIP) == 0 && IS_PROPOSER(m, g, s) && SENDS(m, g, s) -> propose(m, g, s, SKIP); skip }
+  :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && R2(m, s + 1) && R3(m, s) && VOTES(g, s, FIRST) == 0 && IS_PROPOSER(m, g, s) && SENDS(m, g, s) -> propose(m, g, s, FIRST); skip } \
+  :: d_step { MAY_SKIP && g < VIEWS && s < SLOTS && R1(m, g) && R2(m, s + 1) && R3(m, s) && VOTES(g, s, SKIP) == 0 && IS_PROPOSER(m, g, s) && SENDS(m, g, s) -> propose(m, g, s, SKIP); skip }
 #define PROPOSE_AGAIN(g, s) \
-  :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && R3(m, s) && VOTES(g, s, FIRST) != 0 && VOTES(g, s, SECOND) == 0 && IS_PROPOSER(m, g, s) && SENDS(m, g, s) -> propose(m, g, s, SECOND); skip }
+  :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && R2(m, s + 1) && R3(m, s) && VOTES(g, s, FIRST) != 0 && VOTES(g, s, SECOND) == 0 && IS_PROPOSER(m, g, s) && SENDS(m, g, s) -> propose(m, g, s, SECOND); skip }
 #ifdef OWN_COMMIT_COUNTS
 #define NOT_YET(m, g, s, k) (!HAS(VOTES(g, s, k), m) || FAULTY(m) && SIZE(VOTES(g, s, k)) == 1)
 #elif defined(BARE_COMMITS)
@@ -330,13 +376,23 @@ inline commit_new_view(m, g, i_nv) {
 #define NOT_YET(m, g, s, k) (!HAS(VOTES(g, s, k), m))
 #endif
 #define COMMIT(g, s, k) \
-  :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && VOTES(g, s, k) != 0 && NOT_YET(m, g, s, k) && SENDS(m, g, s) -> commit(m, g, s, k); skip }
+  :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && R2(m, s + 1) && VOTES(g, s, k) != 0 && NOT_YET(m, g, s, k) && SENDS(m, g, s) -> commit(m, g, s, k); skip }
 #define BARE_COMMIT(g, s) \
   :: d_step { g < VIEWS && s < SLOTS && R1(m, g) && FAULTY(m) && VOTES(g, s, SECOND) == 0 -> commit(m, g, s, SECOND); skip }
 #define VIEW_CHANGE(g) \
-  :: d_step { g < VIEWS && g > stream[m].v && (FAULTY(m) || g > stream[m].e) -> view_change(m, g, false); skip }
+  :: d_step { g < VIEWS && g > stream[m].v && (FAULTY(m) || g > stream[m].e) -> view_change(m, g, 0, false); skip }
+#ifdef LOG_FROM_LAST_STABLE
+#define ANCHOR(m, from) (HAS(stream[m].stables, from) && (from) <= stream[m].h)
+#else
+#define ANCHOR(m, from) (HAS(stream[m].stables, from) && (from) + L <= stream[m].h)
+#endif
+#define TRUNCATED(g, from) \
+  :: d_step { g < VIEWS && g > stream[m].v && (FAULTY(m) || g > stream[m].e) && ANCHOR(m, from) -> view_change(m, g, from, false); skip }
+/* Its certificate: f + 1 CHECKPOINTs, so a correct member has decided every slot up to it. */
+#define STABLE(x) \
+  :: d_step { x <= SLOTS && x > stream[m].h && decided[0] && (x < 2 || decided[1 % SLOTS]) && (x < 3 || decided[2 % SLOTS]) -> stable(m, x); skip }
 #define HIDE_LOG(g) \
-  :: d_step { g < VIEWS && FAULTY(m) && g > stream[m].v -> view_change(m, g, true); skip }
+  :: d_step { g < VIEWS && FAULTY(m) && g > stream[m].v -> view_change(m, g, 0, true); skip }
 #define SENT_BY(q, j, g) (!HAS(q, j) || CHANGE(j % N, g).sent)
 #define SENT(q, g) (SENT_BY(q, 0, g) && SENT_BY(q, 1, g) && SENT_BY(q, 2, g) && SENT_BY(q, 3, g) && SENT_BY(q, 4, g))
 #define MAY_NEW_VIEW(g, q) (g < VIEWS && R1_NEW_VIEW(m, g) && SENT(q, g) && (FAULTY(m) || stream[m].v == (g)))
@@ -350,15 +406,25 @@ inline commit_new_view(m, g, i_nv) {
 #define ROOM(g) true
 #endif
 #define NEW_VIEW(g, q) \
-  :: d_step { MAY_NEW_VIEW(g, q) && LEADER(g, q) == m && ROOM(g) -> merge(g, q); new_view(m, g, q); skip }
+  :: d_step { MAY_NEW_VIEW(g, q) && LEADER(g, q) == m && ROOM(g) -> merge(g, q); \
+    if \
+    :: R2(m, s_max) && (FAULTY(m) || h_star <= stream[m].h) -> new_view(m, g, q) \
+    :: else  /* not before its own STABLE(h*) */ \
+    fi; \
+    skip }
 #define BOGUS_NEW_VIEW(g) \
   :: d_step { g < VIEWS && FAULTY(m) && (g) % N == m && R1_NEW_VIEW(m, g) -> merge(g, 0); new_view(m, g, 0); skip }
 #define COMMIT_NEW_VIEW(g, i) \
-  :: d_step { g < VIEWS && i < LEADERS && R1_NEW_VIEW(m, g) && NV(g, i).sent && (FAULTY(m) || g >= stream[m].v) -> commit_new_view(m, g, i); skip }
+  :: d_step { g < VIEWS && i < LEADERS && R1_NEW_VIEW(m, g) && NV(g, i).sent && R2(m, NV(g, i).s_max) && (FAULTY(m) || g >= stream[m].v && NV(g, i).h_star <= stream[m].h) -> commit_new_view(m, g, i); skip }
 
+#if SLOTS > 2
+#define EACH_SLOT(ACTION, g) ACTION(g, 0) ACTION(g, 1) ACTION(g, 2)
+#define EACH_COMMIT(g) EACH_KIND(g, 0) EACH_KIND(g, 1) EACH_KIND(g, 2)
+#else
 #define EACH_SLOT(ACTION, g) ACTION(g, 0) ACTION(g, 1)
-#define EACH_KIND(g, s) COMMIT(g, s, SKIP) COMMIT(g, s, FIRST) COMMIT(g, s, SECOND)
 #define EACH_COMMIT(g) EACH_KIND(g, 0) EACH_KIND(g, 1)
+#endif
+#define EACH_KIND(g, s) COMMIT(g, s, SKIP) COMMIT(g, s, FIRST) COMMIT(g, s, SECOND)
 #if N == 5
 #define EACH_QUORUM(g) NEW_VIEW(g, 7) NEW_VIEW(g, 11) NEW_VIEW(g, 13) NEW_VIEW(g, 14) NEW_VIEW(g, 19) NEW_VIEW(g, 21) \
   NEW_VIEW(g, 22) NEW_VIEW(g, 25) NEW_VIEW(g, 26) NEW_VIEW(g, 28)
@@ -381,6 +447,14 @@ end:
   EACH_CHANGE(1)
 #if VIEWS > 2
   EACH_CHANGE(2)
+#endif
+#ifdef WINDOW
+  STABLE(1)
+  STABLE(2)
+  TRUNCATED(1, 1)
+  TRUNCATED(2, 1)
+  TRUNCATED(1, 2)
+  TRUNCATED(2, 2)
 #endif
 #ifdef PROPOSES_TWICE
   EACH_SLOT(PROPOSE_AGAIN, stream[m].e)
