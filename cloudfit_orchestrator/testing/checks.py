@@ -154,8 +154,10 @@ class Checks:
                 self._check_bounds(machine)
 
     def _counting(self) -> set[str]:
-        """Replicas that count in f: taken, now or at some moment of this configuration."""
-        return {m.identity.replica for m in self._world.machines.values() if not m.correct}
+        """Replicas that are taken now, or were at some moment of this configuration."""
+        record = self.observer.judge.record if self.observer.judge is not None else self._world.newest()
+        members = {f"{m.replica}#{m.incarnation}": m.replica for m in record.members}
+        return {replica for name, replica in members.items() if not self._world.machines[name].correct}
 
     def _check_epochs(self) -> None:
         alive: dict[str, list[str]] = {}

@@ -3,7 +3,7 @@
 It sees what no replica sees: also what was certified and never sent. Upon it rest the strongest checks, those that do
 not wait for a disagreement to happen (after the models of protocol §3-§6):
 
-- no correct replica's message ends its own stream;
+- no correct replica's message ends its own stream, and none joins a view that no correct one has asked for;
 - every replica judges every stream as the observer does, however it came to it: whole, truncated, or by a jump;
 - the look-ahead: no quorum of VIEW-CHANGEs or wedges that are there, or that could be sent now, loses a decided slot;
 - what a replica takes for decided, the observer finds decided.
@@ -34,7 +34,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
 from cloudfit_orchestrator.bft.usig.stream import Kept, Stream
 from cloudfit_orchestrator.model.record import WITH_WORMHOLE, ConfigRecord, record_hash
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, Verifier
-from cloudfit_orchestrator.model.statement import Kind
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 MAX_QUORUMS = 40  # looked at a time: all of n=3 and n=5, and of n=7 with one log each
 _LOG_BATCH = LogBatch.__struct_config__.tag
@@ -63,6 +63,8 @@ class Observer:
         self._records_seen: set[bytes] = set()
         self._last_append: dict[int, bytes] = {}  # machine -> its last log record
         self._unknown: set[str] = set()  # replicas of whose streams a certified body is not known
+        self._asked = 0  # the highest view that a correct replica has asked for
+        self._changes: list[tuple[str, int]] = []  # (replica, target) of VIEW-CHANGEs that were not looked at yet
         self.certified_count = 0
         self._told: Counter[str] = Counter()
 
@@ -74,6 +76,8 @@ class Observer:
             self.judge = Configuration(record, record_hash(envelope), self._verifier, self._controllers)
         self._unknown.clear()
         self._told.clear()
+        self._asked = 0
+        self._changes.clear()
 
     def watch(self, machine: int, effect: Effect) -> None:
         """Effects of all cores: bodies and batches go to the log before they are certified."""
@@ -105,12 +109,15 @@ class Observer:
             return
         judge.offer(StreamMessage(c, replica, cv, *body, certificate))
 
-    def signed(self, replica: str, c: int, kind: Kind, body: bytes, signature: bytes) -> None:
-        """A wormhole signed a statement."""
+    def signed(self, replica: str, c: int, kind: Kind, body: bytes, signature: bytes, *, correct: bool) -> None:
+        """A wormhole signed a statement, of a replica that is (still) `correct` or not."""
         judge = self.judge
         self.certified_count += kind is Kind.PBFT
         if judge is not None and c == judge.record.c and kind in (Kind.CHECKPOINT, Kind.REQ):
             judge.statements.add(StatementMessage(c, replica, kind, body, signature), 0)
+            if kind is Kind.REQ and correct:
+                (target,) = LAYOUT[kind].unpack(body)
+                self._asked = max(target, self._asked)
 
     def advance(self) -> Configuration | None:
         """Judge all that is there."""
@@ -145,6 +152,8 @@ class Observer:
                 self._happened("rule:NEW-VIEW retires")
             if header.h > judge.record.h:
                 self._happened("rule:NEW-VIEW above a stable slot")
+        elif isinstance(header, ViewChange):
+            self._changes.append((kept.message.replica, header.g))
         elif isinstance(header, CommitNewView):
             self._happened("rule:COMMIT(NEW-VIEW)")
         elif isinstance(header, Skip) and header.s2 > header.s1:
@@ -154,7 +163,9 @@ class Observer:
 
     # ---------------------------------------------------------------------------------------------------------- checks
     def check_streams(self, faulty: set[str]) -> None:
-        """No correct replica ends its own stream. `faulty`: replicas that count in f in this configuration."""
+        """No correct replica ends its own stream, or joins a view that only faulty ones ask for. `faulty`: those that
+        count in f in this configuration.
+        """
         judge = self.judge
         if judge is None:
             return
@@ -164,6 +175,12 @@ class Observer:
                 self._happened(f"rule:stream ended: {rule}")
             if replica not in faulty:
                 raise FindingError("own stream", f"{replica}, which is correct, ended its stream by {rule!r}")
+        for replica, g in self._changes:
+            if replica not in faulty and g > self._asked:
+                raise FindingError(
+                    "view forced", f"{replica} changes to view {g}, correct ones asked for {self._asked}"
+                )
+        self._changes.clear()
 
     def check_judge(self, who: str, theirs: Configuration) -> None:
         """A replica's judgements are the observer's, as far as both have come."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from cloudfit_orchestrator.bft.batch import bundle_body, make_batch
+from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
 from cloudfit_orchestrator.bft.effects import Certify, Effect
-from cloudfit_orchestrator.bft.messages import NOOP, Named, StatementMessage, encode
+from cloudfit_orchestrator.bft.messages import NOOP, Bundle, Named, StatementMessage, encode
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.bft.usig.judge import StreamState, leader, proposers
 from cloudfit_orchestrator.bft.usig.merge import Merged, merge
@@ -46,6 +46,7 @@ MALICE = (0.0, 0.05, 0.2, 0.5)  # share of moves that break a rule
 LIES = (
     "late-vote", "far-vote", "again", "proposal", "far-proposal", "other-proposal", "stable", "stable-back",
     "stable-bare", "view", "view-bare", "view-again", "bogus-view", "out-of-turn", "entry", "wedge",
+    "forged-request",
 )  # fmt: skip
 MOVES = {"commit": 9, "prepare": 6, "stable": 4, "commit_view": 7, "new_view": 5, "skip": 1, "ask": 1, "view_change": 2}
 
@@ -147,16 +148,11 @@ class Puppet:
         assert machine.replica is not None
         waiting = [w.data for w in machine.replica._at.pool.bundles()]  # noqa: SLF001
         batch = make_batch(self._rng.sample(waiting, min(len(waiting), 2))) if waiting else make_batch([b"none"])
-        if waiting and self._rng.random() < 0.15:  # in a client's name, which has not signed it
-            bundle, body = bundle_body(waiting[0])
-            requests = tuple(msgspec.structs.replace(r, operation=r.operation + b"!") for r in body.requests)
-            forged = encode(msgspec.structs.replace(body, requests=requests))
-            batch = make_batch([encode(msgspec.structs.replace(bundle, body=forged))])
         configuration = machine.configuration
         held = configuration.batches.all() if configuration is not None else []
         if held and self._rng.random() < 0.3:
             batch = self._rng.choice(held)
-        return sha256(b"cloudfit/batch/v1\0", batch), batch
+        return batch_digest(batch), batch
 
     def _prepare(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         slots = self._own_slots(machine, judge, state)
@@ -418,6 +414,21 @@ class Puppet:
         proposer = proposers(judge.record, state.e, state.blacklist, state.retired)[0]
         entry = Entry(state.h + 1, state.h + 1, proposer, 1, proposal, bytes(SIGNATURE_BYTES))
         return (Commit(judge.record.c, state.e, (entry,)),)
+
+    def _lie_forged_request(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
+        """A request in a client's name, which has not signed it. No breach: the batch is invalid, and ineligible."""
+        slots = self._own_slots(machine, judge, state)
+        held = [checked for data in judge.batches.all() if (checked := judge.batches.checked(batch_digest(data)))]
+        if not slots or not held:
+            return None
+        body = self._rng.choice(held[-4:]).bodies[0]
+        request = body.requests[-1]
+        forged = msgspec.structs.replace(
+            request, number=request.number + self._rng.choice([1, 2, 8]), operation=request.operation + b"!"
+        )
+        bundle = Bundle(encode(msgspec.structs.replace(body, requests=(forged,))), bytes(SIGNATURE_BYTES))
+        batch = make_batch([encode(bundle)])
+        return Prepare(judge.record.c, state.e, slots[0], batch_digest(batch)), b"", batch
 
     def _lie_wedge(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         """A wedge, if there is a record for it: and it goes on after that."""

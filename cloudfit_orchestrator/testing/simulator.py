@@ -20,6 +20,7 @@ from cloudfit_orchestrator.bft.ordering import AgreementError
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.model.errors import CloudfitError
 from cloudfit_orchestrator.model.record import Algorithm, Client, ConfigRecord
+from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.testing import behaviours
 from cloudfit_orchestrator.testing.behaviours import Done
 from cloudfit_orchestrator.testing.checks import Checks, FailedError
@@ -141,7 +142,11 @@ class Simulation:
             rng=rng,
         )
         machine.wormhole.certified = partial(self.checks.observer.certified, replica)
-        machine.wormhole.signed = partial(self.checks.observer.signed, replica)
+
+        def signed(c: int, kind: Kind, body: bytes, signature: bytes) -> None:
+            self.checks.observer.signed(replica, c, kind, body, signature, correct=machine.correct)
+
+        machine.wormhole.signed = signed
         self.machines[machine.name] = machine
         if taken is not None:
             self.take_over(machine, taken)
