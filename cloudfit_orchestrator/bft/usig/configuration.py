@@ -5,7 +5,6 @@ are what follows. Nothing here speaks: a member's own voice is in `voice.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest
@@ -34,22 +33,12 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_merge,
 )
 from cloudfit_orchestrator.bft.usig.slots import Slots
-from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, Stream, bare
+from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, bare
 from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, Verifier, sha256
 from cloudfit_orchestrator.model.ui import EpochEnd, epoch_end_bytes, ui_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class NewViewKept:
-    """A NEW-VIEW that stands."""
-
-    message: StreamMessage
-    header: NewView
-    choices: tuple[Choice, ...]
-    logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
 
 
 class Configuration:
@@ -85,7 +74,7 @@ class Configuration:
             record, streams=self.streams, slots=self.slots, wanted=self.wanted, genuine=self.genuine
         )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
-        self._logs: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # of the NEW-VIEW being judged
+        self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind the NEW-VIEW judged last
         self.jumps: list[StreamMessage] = []  # anchors that cursors jumped to, for the journal to take
         self._merge_wants: set[bytes] = set()
 
@@ -360,7 +349,9 @@ class Configuration:
 
     def _keep_view(self, message: StreamMessage, header: NewView) -> None:
         choices = decode_merge(message.payload).choices
-        self.new_views[header.g] = NewViewKept(bare(message), header, choices, self._logs.pop(header.g, ()))
+        known = self.new_views.get(header.g)
+        logs = self.cited.pop(header.g, known.logs if known is not None else ())
+        self.new_views[header.g] = NewViewKept(bare(message), header, choices, logs)
         self.entered.add(header.g)
         self.standing[header.g] = (message.cv, message.digest)
         for choice in choices:
@@ -411,7 +402,7 @@ class Configuration:
             self.wanted.add(outcome)
             return None
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
-        self._logs = {header.g: tuple(vote.log for vote in votes)}
+        self.cited = {header.g: tuple(vote.log for vote in votes)}
         return told == outcome
 
     def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:

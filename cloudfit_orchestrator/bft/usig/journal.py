@@ -40,13 +40,23 @@ class LogView(Frozen, frozen=True, tag=10):
     message: StreamMessage
 
 
+class LogCited(Frozen, frozen=True, tag=13):
+    """The logs of the VIEW-CHANGEs that the NEW-VIEW of view g was computed from: who missed them needs them to judge
+    it, perhaps long after.
+    """
+
+    c: int
+    g: int
+    logs: tuple[tuple[StreamMessage, ...], ...]
+
+
 class LogEnd(Frozen, frozen=True, tag=11):
     """An EPOCH-END that verified."""
 
     end: EpochEndMessage
 
 
-ENTRIES: tuple[type[Frozen], ...] = (LogMessage, LogAnchor, LogBody, LogUI, LogView, LogEnd)
+ENTRIES: tuple[type[Frozen], ...] = (LogMessage, LogAnchor, LogBody, LogUI, LogView, LogCited, LogEnd)
 
 
 def decode_entry(data: bytes) -> Frozen:

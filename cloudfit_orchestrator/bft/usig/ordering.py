@@ -15,12 +15,13 @@ from cloudfit_orchestrator.bft.usig.journal import (
     ENTRIES,
     LogAnchor,
     LogBody,
+    LogCited,
     LogEnd,
     LogMessage,
     LogUI,
     LogView,
 )
-from cloudfit_orchestrator.bft.usig.judge import leader, proposers
+from cloudfit_orchestrator.bft.usig.judge import initial, leader, proposers
 from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
 from cloudfit_orchestrator.bft.usig.messages import (
     MESSAGES,
@@ -165,6 +166,9 @@ class UsigOrdering(Ordering):
             self._at.announce(Kind.CHECKPOINT, LAYOUT[Kind.CHECKPOINT].pack(newest, digests[newest]))
 
     def _say(self, cv: int, header: bytes, payload: bytes) -> None:
+        if payload:  # a NEW-VIEW: we may be the only one who can prove it, also after a restart
+            for g, logs in self.configuration.cited.items():
+                self._out.journal(LogCited(self.record.c, g, logs))
         self._out.journal(LogBody(self.record.c, cv, header, payload))
         self._out.put(Certify(self.record.c, cv, message_digest(header, payload)))
 
@@ -240,6 +244,8 @@ class UsigOrdering(Ordering):
                 configuration.restore_anchor(entry.message)
             case LogView() if entry.message.c == c:
                 configuration.restore_view(entry.message)
+            case LogCited() if entry.c == c:
+                configuration.cited[entry.g] = entry.logs
             case LogBody() if self.voice is not None and entry.c == c:
                 self.voice.pending[entry.cv] = (entry.header, entry.payload)
             case LogUI() if entry.c == c:
@@ -356,9 +362,17 @@ class UsigOrdering(Ordering):
         tail = self.voice.tail
         turn = proposers(self.record, tail.e, tail.blacklist, tail.retired)
         others = [replica for replica in turn if replica != self._at.me]
-        if not others or (len(others) < len(turn) and not behind):
+        if self._at.me in turn and not behind:
+            return self._next_proposer(turn) if self.voice.window_full else None
+        return others[tail.e % len(others)] if others else None
+
+    def _next_proposer(self, turn: Sequence[str]) -> str | None:
+        """Who is to propose the lowest slot without a proposal, if that is not us: it may be idle, and not know."""
+        tail = self.voice.tail if self.voice is not None else initial(self.record)
+        s = self.configuration.slots.first_open(tail.e)
+        if s > tail.h + self.record.parameters.window or turn[s % len(turn)] == self._at.me:
             return None
-        return others[tail.e % len(others)]
+        return turn[s % len(turn)]
 
     def retire(self, envelope: bytes) -> None:
         """Ask, once, for the next view that r neither leads nor proposes in."""

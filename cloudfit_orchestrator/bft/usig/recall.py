@@ -2,7 +2,7 @@
 
 from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
-from cloudfit_orchestrator.bft.usig.journal import LogAnchor, LogBody, LogEnd, LogMessage, LogUI, LogView
+from cloudfit_orchestrator.bft.usig.journal import LogAnchor, LogBody, LogCited, LogEnd, LogMessage, LogUI, LogView
 from cloudfit_orchestrator.bft.usig.messages import EpochEndMessage
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.ui import EpochEnd
@@ -23,7 +23,11 @@ def epoch_end(message: EpochEndMessage) -> EpochEnd:
 def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
     """Entries that rebuild the streams as they are kept."""
     c, streams = configuration.record.c, configuration.streams.values()
-    found: list[Frozen] = [LogView(view.message) for _, view in sorted(configuration.new_views.items())]
+    found: list[Frozen] = []
+    for g, view in sorted(configuration.new_views.items()):
+        if voice is not None and view.message.replica == voice.me and view.logs:
+            found.append(LogCited(c, g, view.logs))
+        found.append(LogView(view.message))
     found += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
     found += _messages(configuration, voice)
     if voice is not None:

@@ -79,6 +79,13 @@ class Slots:
         top = self._tops.get(g, 0)
         return top if top > self.floor else 0
 
+    def first_open(self, g: int) -> int:
+        """The lowest slot above the floor that is not decided and has no standing proposal of view g."""
+        s = self.floor + 1
+        while (slot := self._slots.get(s)) is not None and (slot.decided is not None or g in slot.proposals):
+            s += 1
+        return s
+
     def decisions(self) -> list[tuple[int, bytes]]:
         """All decided slots above the floor, in order."""
         return [(s, slot.decided) for s, slot in sorted(self._slots.items()) if slot.decided is not None]

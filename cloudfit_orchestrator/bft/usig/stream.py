@@ -9,7 +9,7 @@ from enum import Enum
 
 from cloudfit_orchestrator.bft.messages import Named
 from cloudfit_orchestrator.bft.usig.judge import StreamState
-from cloudfit_orchestrator.bft.usig.messages import Header, Prepare, Skip, Stable, StreamMessage
+from cloudfit_orchestrator.bft.usig.messages import Choice, Header, NewView, Prepare, Skip, Stable, StreamMessage
 
 MAX_AHEAD = 2048  # counters beyond the cursor that may wait: several windows of an honest sender
 MAX_WAITING_BYTES = 16 << 20  # of headers and payloads that wait; a NEW-VIEW with a full window is 20 KiB
@@ -33,6 +33,16 @@ class Kept:
     digest: bytes
     state: StreamState
     entries: tuple[Citation, ...] = ()  # of a COMMIT
+
+
+@dataclass(frozen=True, slots=True)
+class NewViewKept:
+    """A NEW-VIEW that stands."""
+
+    message: StreamMessage
+    header: NewView
+    choices: tuple[Choice, ...]
+    logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
 
 
 class Offered(Enum):

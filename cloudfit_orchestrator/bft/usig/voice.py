@@ -253,6 +253,12 @@ class Voice:
             return None
         return s
 
+    @property
+    def window_full(self) -> bool:
+        """We propose, but the next own slot is beyond the window."""
+        s = self._next_own()
+        return self.active and s is not None and s > self.tail.h + self._record.parameters.window
+
     def _next_own(self) -> int | None:
         turn = proposers(self._record, self.tail.e, self.tail.blacklist, self.tail.retired)
         if self.me not in turn:

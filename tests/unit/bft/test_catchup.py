@@ -4,14 +4,15 @@ import pytest
 
 from cloudfit_orchestrator.bft.catchup import CatchUp
 from cloudfit_orchestrator.bft.effects import Send
-from cloudfit_orchestrator.bft.messages import Beacon, FetchBatches
+from cloudfit_orchestrator.bft.messages import Beacon, FetchBatches, Forward
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import Peer, Situation
 from cloudfit_orchestrator.bft.usig.messages import Fetch, decode_peer
 from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
-from cloudfit_orchestrator.model.record import record_hash
+from cloudfit_orchestrator.model.record import Algorithm, record_hash
 from cloudfit_orchestrator.services.counter import CounterService
 from tests.unit.bft.house import GROUP, House
+from tests.unit.bft.machine import Machine
 
 PEERS = ["r0#1", "r1#2", "r2#3", "r1#9"]
 
@@ -38,3 +39,12 @@ def test_no_rhythm_of_ticks_makes_one_silent_peer_be_asked_for_ever(period_s: fl
     for found in asked.values():
         assert set(found) == set(peers)
         assert len(found) <= 21, "what is under way is not asked for again"
+
+
+def test_who_has_no_slot_left_in_its_window_tells_the_idle_proposer_of_the_open_one() -> None:
+    """Slot 1 is r1's, r0's next is 3, beyond h'+L: without a FORWARD the time-out would blame r1, which is correct."""
+    house = House(3, algorithm=Algorithm.EBAWA, period=1, window=1, parameters={"progress_timeout_ms": 1000})
+    machine = Machine(house, "r0")
+    machine.client(house.bundle([(1, bytes(8))]))
+    machine.ticks(0.5)
+    assert [peer for peer, message in machine.sent if isinstance(message, Forward)] == ["r1#2"]

@@ -4,6 +4,7 @@ import pytest
 
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Append, Certify, Sign
+from cloudfit_orchestrator.bft.journal import LogRecord, encode_entry
 from cloudfit_orchestrator.bft.messages import encode
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.bft.usig.journal import LogBody, LogUI, decode_entry
@@ -12,6 +13,9 @@ from cloudfit_orchestrator.bft.usig.messages import (
     CommitNewView,
     Discarded,
     Fetch,
+    FetchNewView,
+    LogProof,
+    NewView,
     Prepare,
     Stable,
     StreamMessage,
@@ -309,3 +313,25 @@ def test_a_new_machine_begins_with_nothing() -> None:
     assert machine.core._at.execution.store.root() == StateStore().root()
     machine.core.tick(1.0)
     assert [e for e in machine.core.effects() if isinstance(e, Certify | Sign)] == []
+
+
+def test_a_leader_can_prove_its_new_view_after_a_restart() -> None:
+    """Others may get the NEW-VIEW after they let go the VIEW-CHANGEs that it was computed from (decision 0005)."""
+    house = House(3, period=2, window=16)
+    machine = Machine(house, "r1")
+    for r in ("r0", "r2"):
+        machine.hear(house.statement(r, Kind.REQ, 1))
+    machine.hear(house.view_change("r0", 1), house.view_change("r2", 1))
+    assert isinstance(machine.said()[-1], NewView)
+    for again in (machine.restarted(), machine.restarted(cut(machine))):
+        before = len(again.sent)
+        again.hear(FetchNewView(1, 1), sender="r2#3")
+        logs = [m for _, m in again.sent[before:] if isinstance(m, LogProof)]
+        assert len(logs) == house.record.quorums.view_change
+
+
+def cut(machine: Machine) -> list[bytes]:
+    """The machine's log, written anew."""
+    ordering = machine.core._at.ordering
+    assert ordering is not None
+    return [encode_entry(LogRecord(machine.core._at.envelope)), *map(encode_entry, ordering.entries())]
