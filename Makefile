@@ -11,7 +11,7 @@ TARGETS := answers channel control core disk envelopes frames messages spec
 .DEFAULT_GOAL := help
 # One after the other: the linters before the tests, the quick tests before the machines.
 .NOTPARALLEL:
-.PHONY: help setup python demo test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack clean
+.PHONY: help setup python demo test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack test-ansible clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
@@ -22,6 +22,7 @@ help:
 	@echo 'make openstack-lab-down  stop them'
 	@echo 'make test-openstack      tests against them'
 	@echo 'make fuzz    every decoder for SECONDS=60, guided by coverage (docs/fuzzing.md)'
+	@echo 'make test-ansible        the Ansible collection on a Debian machine made for it'
 	@echo 'make setup   only install what is needed'
 	@echo 'make clean   remove .venv and caches'
 
@@ -68,6 +69,10 @@ openstack-lab-down: python
 
 test-openstack: openstack-lab
 	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m openstack
+
+test-ansible: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,ansible]'
+	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m ansible
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
