@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cloudfit_orchestrator.clouds.base import MachineSpec
-from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError
+from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError, UnclearError
 from cloudfit_orchestrator.clouds.openstack_tags import KIND, PREFIX, deployment_tag, fresh_id
 from cloudfit_orchestrator.clouds.state_disk import packed_state_disk
 from cloudfit_orchestrator.model.errors import BadError, PermanentError, RefusedError, TemporaryError
@@ -131,10 +131,10 @@ class Images:
 
         def step() -> str | None:
             nonlocal fresh, uploads
-            found = self._find(deployment, wanted) or self._api.get("image", f"/images/{fresh}", tried)
+            found = self._find(deployment, wanted) or self._get(fresh, tried)
             if found is None:
                 self._create(deployment, wanted, fresh)
-                found = self._api.get("image", f"/images/{fresh}", tried)
+                found = self._get(fresh, tried)
             if found is None:
                 return None
             identity, status = str(found["id"]), found.get("status")
@@ -160,11 +160,17 @@ class Images:
 
         return self._api.until(tried, step, UPLOAD_TIMEOUT_S)
 
+    def _get(self, identity: str, tried: str) -> dict[str, Any] | None:
+        found = self._api.get("image", f"/images/{identity}", tried)
+        if found is not None and (found.get("id") != identity or "status" not in found):
+            raise UnclearError(f"{tried}: {self._api.name} answers with no image")
+        return found
+
     def _stale(self, found: Mapping[str, Any], tried: str) -> bool:
         """Wait for somebody else's upload; True if it shows no end."""
 
         def ended() -> bool | None:
-            now = self._api.get("image", f"/images/{found['id']}", tried)
+            now = self._get(str(found["id"]), tried)
             return True if now is None or now.get("status") != "saving" else None
 
         try:

@@ -36,7 +36,8 @@ def orphans(context: Context) -> list[Found]:
     evidence: list[Ownership] = [
         ownership(context, row) for group in journal.groups() for row in journal.machines(group.name, gone=True)
     ]
-    networks = [network_name(context, cloud) for cloud in journal.networks()]
+    named = {c.name for group in journal.groups() for c in spec_file.from_json(group.spec).clouds}
+    networks = [network_name(context, cloud) for cloud in sorted({*journal.networks(), *named})]
 
     def on_cloud(cloud: CloudSpec) -> Found:
         try:
