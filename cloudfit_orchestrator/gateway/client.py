@@ -40,6 +40,8 @@ from cloudfit_orchestrator.model.signing import Ed25519Verifier, public_bytes
 NEAR_TIMEOUT_S = 1.0  # then all replicas are asked
 RESEND_FIRST_S = 1.0
 RESEND_LAST_S = 8.0
+FIRST_AWAY_S = 5.0  # a replica that let a request wait is not asked first for so long; doubles each time
+LAST_AWAY_S = 300.0
 DEADLINE_S = 30.0  # of one request
 CHECK_S = 0.05
 REFRESH_S = 1.0  # between two looks for a newer configuration
@@ -56,6 +58,7 @@ Route = Callable[[str, str], str]  # (replica, address in the record) -> address
 @dataclass(slots=True)
 class _Bundle:
     data: bytes
+    asked: str
     open: set[int]
     deadline_s: float
     due_s: float
@@ -124,7 +127,9 @@ class Client:
             )
         self._credentials = Credentials(key, admitted.certificate)
         self._numbers: Numbers = numbers or MemoryNumbers()
-        self._near = near or self._record.members[0].replica
+        self._preferred = self._near = near or self._record.members[0].replica
+        self._back_s = 0.0  # when the preferred replica is tried again
+        self._away_s = FIRST_AWAY_S
         self._newer = newer
         self._route = route
         self._votes = Votes(self._public, Ed25519Verifier())
@@ -236,20 +241,37 @@ class Client:
         requests = tuple(Request(number, waiting.operation) for number, waiting in chosen)
         body = encode(BundleBody(self._record.life, self._public, requests))
         data = encode(Bundle(body, self._key.sign(bundle_bytes(body))))
-        bundle = _Bundle(data, {n for n, _ in chosen}, max(w.deadline_s for _, w in chosen), now_s + NEAR_TIMEOUT_S)
+        near = self._nearest(now_s)
+        deadline_s = max(waiting.deadline_s for _, waiting in chosen)
+        bundle = _Bundle(data, near, {n for n, _ in chosen}, deadline_s, now_s + NEAR_TIMEOUT_S)
         for number, waiting in chosen:
             self._answers[number] = waiting.answer
             self._of_number[number] = bundle
             self._votes.expect(number)
         self._bundles.append(bundle)
         self.figures.bundles += 1
-        self._nearest().send(data)
+        self._diallers[near].send(data)
 
-    def _nearest(self) -> Dialler:
+    def _nearest(self, now_s: float) -> str:
+        """The preferred replica, unless it let a request wait not long ago, or cannot be reached."""
+        if self._near != self._preferred and now_s >= self._back_s:
+            self._near = self._preferred
         near = self._diallers.get(self._near)
         if near is not None and near.connected:
-            return near
-        return next((d for d in self._diallers.values() if d.connected), near or next(iter(self._diallers.values())))
+            return self._near
+        reachable = (replica for replica, dialler in self._diallers.items() if dialler.connected)
+        return next(reachable, self._near if near is not None else next(iter(self._diallers)))
+
+    def _avoid(self, replica: str, now_s: float) -> None:
+        """It may be down, or overlook us: another is asked first for a while."""
+        if replica != self._near:
+            return
+        names = list(self._diallers)
+        others = names[names.index(replica) + 1 :] + names[: names.index(replica)] if replica in names else names
+        self._near = next((other for other in others if self._diallers[other].connected), replica)
+        if replica == self._preferred:
+            self._back_s = now_s + self._away_s
+            self._away_s = min(2 * self._away_s, LAST_AWAY_S)
 
     # ------------------------------------------------------------------------------------------------------- receiving
     def _received(self, replica: str, data: bytes) -> None:
@@ -315,6 +337,8 @@ class Client:
             if now_s >= bundle.deadline_s:
                 self._give_up(bundle)
                 continue
+            if bundle.wait_s == RESEND_FIRST_S:
+                self._avoid(bundle.asked, now_s)
             bundle.due_s = now_s + bundle.wait_s
             bundle.wait_s = min(2 * bundle.wait_s, RESEND_LAST_S)
             self.figures.resent += 1

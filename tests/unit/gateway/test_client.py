@@ -1,7 +1,9 @@
 """The client against a replica port that does not behave."""
 
 import asyncio
+import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -15,7 +17,7 @@ from cloudfit_orchestrator.model.signing import public_bytes
 from tests.unit.gateway.cluster import Cluster
 from tests.unit.guest.helpers import scenario
 
-group_scenario = scenario
+group_scenario = partial(scenario, deadline_s=120)
 
 
 @group_scenario
@@ -38,6 +40,22 @@ async def test_the_near_replica_may_be_gone():
         await cluster.kill("r0", 1)
         async with cluster.client(near="r0") as client:
             assert await KvClient(client, timeout_s=20).put(b"a", b"1")
+
+
+@group_scenario
+async def test_a_near_replica_that_lets_a_request_wait_is_not_asked_first_for_a_while():
+    async with Cluster() as cluster, cluster.client(near="r2") as client:
+        kv = KvClient(client, timeout_s=30)
+        await kv.put(b"k", b"0")
+        stopped = cluster.processes[cluster.name("r2", 3)]
+        stopped.send_signal(signal.SIGSTOP)
+        try:
+            await kv.put(b"k", b"1")
+            assert client._bundles[-1].asked == "r2"
+            await kv.put(b"k", b"2")
+            assert client._bundles[-1].asked != "r2"
+        finally:
+            stopped.send_signal(signal.SIGCONT)
 
 
 @group_scenario
