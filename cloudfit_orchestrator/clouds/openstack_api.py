@@ -36,7 +36,9 @@ MAX_RETRY_AFTER_S = 30.0  # a cloud that wants more gets its error shown instead
 MAX_PAGES = 200  # of a listing: no project has that many, an API that repeats its marker for ever might
 MAX_SAID = 300  # characters of an API's own words in an error
 COMPUTE_VERSION = "2.64"  # server groups with one policy; Rocky (2018). Also gives tags at creation (2.52)
+VOLUME_VERSION = "3.3"  # Newton (2016): Cinder tells its users why a volume failed
 SERVICES = {"compute": "compute", "image": "image", "network": "network", "volume": "block_storage"}
+_VERSIONS = {"compute": COMPUTE_VERSION, "volume": VOLUME_VERSION}
 _ALIASES = {"volume": ("volumev3", "block-storage", "volume")}
 _JSON = "application/json"
 _T = TypeVar("_T")
@@ -292,8 +294,8 @@ class Api:
         params: Mapping[str, str] | None,
     ) -> dict[str, Any] | None:
         keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON}}
-        if service == "compute":
-            keywords["microversion"] = COMPUTE_VERSION
+        if service in _VERSIONS:
+            keywords["microversion"] = _VERSIONS[service]
         if body is not None:
             keywords["json"] = body
         if data is not None:

@@ -109,7 +109,7 @@ class Volumes:
         return {"availability_zone": self._zone} if self._zone in {z.get("zoneName") for z in zones} else {}
 
     def _messages(self, volume: str) -> str:
-        """What Cinder tells its users of a failure; it needs API version 3.3 and says nothing on older ones."""
+        """What Cinder tells its users of a failure."""
         try:
             found = self._api.list("volume", "/messages", "messages", "read Cinder's messages", resource_uuid=volume)
         except (PermanentError, TemporaryError):
