@@ -97,6 +97,10 @@ def to_result(call: Call, data: bytes) -> Result:
     raise BadError(f"{call.kind} was answered by {result!r}")
 
 
+class WrongAnswerError(AssertionError):
+    """A client believes an answer that the service never gives."""
+
+
 class Reach(Protocol):
     """What a client needs of the simulation around it."""
 
@@ -247,10 +251,13 @@ class SimClient:
     def _answered(self, number: int, data: bytes) -> None:
         assert self._open is not None
         handle, call = self._open.calls.pop(number)
-        self._history.complete(handle, to_result(call, data))
+        try:
+            result = to_result(call, data)
+        except BadError as error:
+            raise WrongAnswerError(f"{self.name} believes it: {error}") from error
+        self._history.complete(handle, result)
         self.answered += 1
         if call.kind is Of.GET:
-            value = to_result(call, data)
-            self._last[call.key] = value if isinstance(value, bytes) else None
+            self._last[call.key] = result if isinstance(result, bytes) else None
         elif call.kind is Of.PUT:
             self._last[call.key] = call.value
