@@ -82,11 +82,11 @@ class ClientWindow:
         if number <= self.low:  # the window closed over it
             self._bytes -= len(reply)
             return
-        index = number // PAGE
+        index, place = divmod(number, PAGE)
         page = self._page(index)
         self._changed.add(index)
         if len(reply) <= LARGE:
-            page[number % PAGE] = reply
+            page[place] = reply
             return
         try:
             self._store.put_reply(_reply_key(self._client, number), reply)
@@ -94,7 +94,7 @@ class ClientWindow:
             self._close_over(number)
             self._bytes -= len(reply)
         else:
-            page[number % PAGE] = len(reply)
+            page[place] = len(reply)
 
     def save(self) -> None:
         """Write what `keep` changed."""

@@ -177,9 +177,11 @@ class StateStore:
         way = int.from_bytes(blake2s(key).digest()[:8], "little")
         return trie.lookup(self._buckets[way & _BUCKET_MASK], way >> BUCKET_BITS, key)
 
-    def put(self, key: bytes, value: bytes) -> None:
-        """Set `key`. Raises BadInputError, changing nothing, if the key, the value or its bucket would be too large."""
-        self._put(key, value, MAX_CHUNK)
+    def put(self, key: bytes, value: bytes) -> bool:
+        """Set `key`; False if it held that value already. Raises BadInputError, changing nothing, if the key, the value
+        or its bucket would be too large.
+        """
+        return self._put(key, value, MAX_CHUNK)
 
     def put_reply(self, key: bytes, value: bytes) -> None:
         """As `put`, but leaves room in the bucket for the library's small entries, which must never fail."""
@@ -241,7 +243,7 @@ class StateStore:
         """The same store as a service may see it: library keys are hidden and refused, buckets hold less."""
         return ServiceView(self)
 
-    def _put(self, key: bytes, value: bytes, chunk_limit: int) -> None:
+    def _put(self, key: bytes, value: bytes, chunk_limit: int) -> bool:
         length, size = len(key), len(value)
         if length > MAX_KEY or size > MAX_VALUE:
             raise BadInputError(f"key of {length} and value of {size} bytes, the limits are {MAX_KEY} and {MAX_VALUE}")
@@ -251,7 +253,7 @@ class StateStore:
         if old is _UNCHANGED:
             old = trie.lookup(self._buckets[index], way >> BUCKET_BITS, key)
         if old == value:
-            return
+            return False
         grown = ENTRY_OVERHEAD + length + size if old is None else size - len(old)
         if grown > 0 and self._sizes[index] + grown > chunk_limit:
             raise BadInputError(f"bucket {index} holds {self._sizes[index]} bytes, its limit is {chunk_limit}")
@@ -259,6 +261,7 @@ class StateStore:
         self._change(key, value)
         if old is None and self._keys is not None:
             self._moved.add(key)
+        return True
 
     def _change(self, key: bytes, value: bytes | None) -> None:
         self._changes[key] = value
@@ -302,9 +305,10 @@ class ServiceView(StateStore):
     def get(self, key: bytes) -> bytes | None:
         return self._store.get(self._allowed(key))
 
-    def put(self, key: bytes, value: bytes) -> None:
-        self._store._put(self._allowed(key), value, MAX_SERVICE_CHUNK)
+    def put(self, key: bytes, value: bytes) -> bool:
+        changed = self._store._put(self._allowed(key), value, MAX_SERVICE_CHUNK)
         self.written.append(key)
+        return changed
 
     def delete(self, key: bytes) -> bool:
         self.written.append(key)

@@ -53,7 +53,7 @@ class ReadView(ServiceView):
         self.all = True
         return super().items(prefix, after)
 
-    def put(self, key: bytes, value: bytes) -> None:
+    def put(self, key: bytes, value: bytes) -> bool:
         """Refused."""
         del key, value
         raise RefusedError("a read changes nothing")

@@ -150,12 +150,10 @@ def _write(store: StateStore, key: bytes, value: bytes | None) -> Result:
         return Done(store.delete(key))
     if len(value) > MAX_STORED:
         return Failed(f"a value has at most {MAX_STORED} bytes")
-    changed = store.get(key) != value
     try:
-        store.put(key, value)
+        return Done(store.put(key, value))
     except BadInputError as error:
         return Failed(error.fact)
-    return Done(changed)
 
 
 def _list(store: StateStore, operation: List) -> Result:
