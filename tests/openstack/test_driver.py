@@ -1,6 +1,7 @@
 """The OpenStack driver on real clouds (make openstack-lab): a machine's life, its recovery, and nothing left of it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -110,11 +111,12 @@ def everything(lab):
 
 @pytest.fixture
 def deployment(lab):
-    """A name of this test's own; afterwards the project has what it had before."""
-    before = everything(lab)
-    name = f"t{os.urandom(4).hex()}"
-    yield name
-    assert everything(lab) == before
+    """A name of this test's own; afterwards the project has what it had before. One test a cloud at a time."""
+    with (HOME / f"{lab['name']}.test-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = everything(lab)
+        yield f"t{os.urandom(4).hex()}"
+        assert everything(lab) == before
 
 
 def owner(deployment, incarnation, operation, replica="r0"):
