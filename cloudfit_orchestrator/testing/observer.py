@@ -38,6 +38,7 @@ from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 MAX_QUORUMS = 40  # looked at a time: all of n=3 and n=5, and of n=7 with one log each
 _LOG_BATCH = LogBatch.__struct_config__.tag
+_LOG_BODY = bytes([LogBody.__struct_config__.tag])
 
 
 class FindingError(AssertionError):
@@ -89,7 +90,8 @@ class Observer:
                 assert isinstance(entry, LogBatch)
                 self._batches[batch_digest(entry.batch)] = entry.batch
         elif self.judge is not None and isinstance(effect, Certify) and effect.digest not in self._bodies:
-            entry = decode_entry(self._last_append[machine])
+            record = self._last_append.get(machine, b"")
+            entry = decode_entry(record) if record[1:2] == _LOG_BODY else None  # else of a core of another engine
             if isinstance(entry, LogBody) and entry.cv == effect.cv:
                 self.body(effect.digest, entry.header, entry.payload)
 
