@@ -38,7 +38,8 @@ from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 MAX_QUORUMS = 40  # looked at a time: all of n=3 and n=5, and of n=7 with one log each
 _LOG_BATCH = LogBatch.__struct_config__.tag
-_LOG_BODY = bytes([LogBody.__struct_config__.tag])
+_LOG_BODY = b"\x04"  # the tag of LogBody as it stands in its encoding
+assert LogBody.__struct_config__.tag == _LOG_BODY[0]
 
 
 class FindingError(AssertionError):
@@ -91,9 +92,9 @@ class Observer:
                 self._batches[batch_digest(entry.batch)] = entry.batch
         elif self.judge is not None and isinstance(effect, Certify) and effect.digest not in self._bodies:
             record = self._last_append.get(machine, b"")
-            entry = decode_entry(record) if record[1:2] == _LOG_BODY else None  # else of a core of another engine
-            if isinstance(entry, LogBody) and entry.cv == effect.cv:
-                self.body(effect.digest, entry.header, entry.payload)
+            body = decode_entry(record) if record[1:2] == _LOG_BODY else None  # else of a core of another engine
+            if isinstance(body, LogBody) and body.cv == effect.cv:
+                self.body(effect.digest, body.header, body.payload)
 
     def body(self, digest: bytes, header: bytes, payload: bytes) -> None:
         """Something that may be certified next."""

@@ -376,8 +376,10 @@ class Puppet:
 
     def _lie_view_bare(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         """A VIEW-CHANGE that nobody asked for."""
-        request = Req(machine.identity.replica, 1 << 40, bytes(SIGNATURE_BYTES))
-        return (ViewChange(judge.record.c, max(state.v, state.e) + 1, (request,), ()),)
+        del machine
+        g = max(state.v, state.e) + 1
+        forged = tuple(Req(m.replica, g, bytes(SIGNATURE_BYTES)) for m in judge.record.members[: judge.record.f + 1])
+        return (ViewChange(judge.record.c, g, forged, ()),)
 
     def _lie_view_again(self, machine: Machine, judge: Configuration, state: StreamState) -> Any:
         """A VIEW-CHANGE for a view that it has asked for already: another log under the old name."""
