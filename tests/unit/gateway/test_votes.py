@@ -5,6 +5,8 @@ from multiprocessing import get_context
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloudfit_orchestrator.bft.clients import Executed, reply_tree
 from cloudfit_orchestrator.bft.messages import Replies, Result
@@ -128,3 +130,38 @@ def test_programs_that_share_a_key_share_no_number(tmp_path):
         taken = pool.starmap(_take, [(tmp_path / "n", 200)] * 6)
     everything = [number for numbers in taken for number in numbers]
     assert len(set(everything)) == len(everything) == 1200
+
+
+class Anything:
+    """Believes all signatures."""
+
+    def verify(self, public: bytes, message: bytes, signature: bytes) -> bool:
+        return True
+
+
+said = st.tuples(
+    st.sampled_from(["r0", "r1", "r2"]),
+    st.dictionaries(st.integers(1, 3), st.sampled_from([b"a", b"b"]), min_size=1, max_size=3),
+)
+
+
+@given(st.lists(said, max_size=12))
+def test_whatever_company_results_come_in_the_first_word_of_each_member_counts(messages):
+    v = Votes(ME, Anything())
+    v.learn(record(1))
+    for number in (1, 2, 3):
+        v.expect(number)
+    answers: dict[int, bytes] = {}
+    first: dict[tuple[str, int], bytes] = {}
+    for replica, results in messages:
+        mine = tuple(Result(n, r) for n, r in sorted(results.items()))
+        got = v.take(replica, Replies(replica, 1, 5, mine, (), b""))
+        for number, result in results.items():
+            first.setdefault((replica, number), result)
+        for number, result in got.items():
+            assert number not in answers
+            answers[number] = result
+        for number in (1, 2, 3):
+            words = [first[r, number] for r in ("r0", "r1", "r2") if (r, number) in first]
+            due = {word for word in words if words.count(word) > 1}
+            assert due == ({answers[number]} if number in answers else set())
