@@ -284,8 +284,8 @@ class Recovery:
         self._world.schedule.after(rng.uniform(0, PRECOPY_S), self._freeze if staged else self._plain)
 
     def _plain(self) -> None:
-        alone = self._troubles.faulty <= {self._old.identity.replica}
-        if alone and self._rng.random() < 0.3:
+        within = len(self._troubles.faulty | {self._old.identity.replica}) <= self._world.plan.f  # it counts as a fault
+        if within and self._rng.random() < 0.3:
             self._troubles.lose(self._old)  # it has no vote
             self._world.happened("fault:replaced one is lost")
         self._switch()
