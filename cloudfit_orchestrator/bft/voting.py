@@ -89,8 +89,9 @@ class Votes:
         for other in others:
             results, members = self._held.pop(other)
             record = self._records.get(other[0])
-            for member in members if record is not None else ():
-                self._count_each(record, member, results)
+            for member in sorted(members):
+                if record is not None:
+                    self._count_each(record, member, results)
         return None
 
     def _count_each(self, record: ConfigRecord, replica: str, results: tuple[Result, ...]) -> dict[int, bytes]:
