@@ -5,10 +5,13 @@ An engine from elsewhere is a distribution with `[project.entry-points."cloudfit
 group must have it installed, and so must its images.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from cloudfit_orchestrator.bft.journal import entry_decoder
+from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import Algorithm
@@ -46,3 +49,11 @@ def engine(algorithm: str) -> type[Ordering]:
     if not (isinstance(found, type) and issubclass(found, Ordering)):
         raise BadInputError(f"the engine of algorithm {algorithm!r} is {found!r}, which is no Ordering")
     return found
+
+
+@cache
+def any_entry_decoder() -> Callable[[bytes], Frozen]:
+    """Decodes log entries of any engine of this package, for who reads a log without following its records. What it
+    returns raises BadError.
+    """
+    return entry_decoder(tuple(dict.fromkeys(kind for name in BUILT_IN for kind in engine(name).ENTRIES)))

@@ -272,16 +272,16 @@ def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> 
     def wrong(path: yaml_nodes.Path, message: str, hint: str = "") -> None:
         problems.append(Problem(*document.where(path), message, hint))
 
-    if v.get("algorithm") == "pbft":
-        wrong(("algorithm",), "algorithm pbft is not available yet", "use ebawa or minbft")
     _check_clouds(v.get("clouds", []), wrong)
     n = None
     if "f" in v and "k" in v and "replicas" in v:
-        needed = 2 * v["f"] + v["k"] + 1
+        needed, row = 2 * v["f"] + v["k"] + 1, "2f+k+1"
+        if v.get("algorithm") == Algorithm.PBFT:
+            needed, row = 3 * v["f"] + 2 * v["k"] + 1, "3f+2k+1"
         n = needed if v["replicas"] is None else v["replicas"]
         if n < needed:
             where = ("replicas",)
-            wrong(where, f"{n} replicas are too few for f={v['f']}, k={v['k']}", f"at least 2f+k+1 = {needed}")
+            wrong(where, f"{n} replicas are too few for f={v['f']}, k={v['k']}", f"at least {row} = {needed}")
             n = None
         elif n > MAX_MEMBERS:
             wrong(("f",), f"f={v['f']}, k={v['k']} needs {n} replicas, the limit is {MAX_MEMBERS}")

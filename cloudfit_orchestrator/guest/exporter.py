@@ -18,6 +18,7 @@ import msgspec
 
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.effects import Report
+from cloudfit_orchestrator.bft.engines import any_entry_decoder
 from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import (
     MAX_CHUNKS_ASKED,
@@ -31,7 +32,7 @@ from cloudfit_orchestrator.bft.messages import (
     encode,
 )
 from cloudfit_orchestrator.bft.store import BUCKETS
-from cloudfit_orchestrator.bft.usig.journal import LogBody, LogMessage, LogUI, decode_entry
+from cloudfit_orchestrator.bft.usig.journal import LogBody, LogMessage, LogUI
 from cloudfit_orchestrator.bft.usig.messages import Fetch, PeerMessage, StreamMessage, decode_peer
 from cloudfit_orchestrator.guest import machine
 from cloudfit_orchestrator.guest.certifier import Certifier, Nobody
@@ -156,7 +157,7 @@ class OldDisk:
         self.found |= {"log_records": records, "log_malformed": malformed}
 
     def _take_entry(self, data: bytes, bodies: dict[tuple[int, int], LogBody]) -> None:
-        entry = decode_entry(data)
+        entry = any_entry_decoder()(data)
         match entry:
             case LogMessage():
                 message = entry.message

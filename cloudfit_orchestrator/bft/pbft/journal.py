@@ -60,4 +60,10 @@ class LogView(Frozen, frozen=True, tag=26):
     votes: tuple[Change, ...]
 
 
-ENTRIES: tuple[type[Frozen], ...] = (LogJoined, LogSaid, LogPrepared, LogStable, LogOwn, LogSigned, LogView)
+class LogWedge(Frozen, frozen=True, tag=27):
+    """A wedge that S was computed from: before that S is confirmed, as all who confirm it may start again."""
+
+    change: Change
+
+
+ENTRIES: tuple[type[Frozen], ...] = (LogJoined, LogSaid, LogPrepared, LogStable, LogOwn, LogSigned, LogView, LogWedge)

@@ -13,13 +13,22 @@ from cloudfit_orchestrator.bft.batches import Batches
 from cloudfit_orchestrator.bft.checkpoints import Certificate, Checkpoints
 from cloudfit_orchestrator.bft.journal import LogBatch, LogDecision
 from cloudfit_orchestrator.bft.messages import NOOP, Frozen, Named
-from cloudfit_orchestrator.bft.ordering import AgreementError, Final, Host, Ordering, TakeBatch
+from cloudfit_orchestrator.bft.ordering import AgreementError, Final, Host, Ordering, ProtocolError, TakeBatch
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.pbft.book import Added, Book, leader
 from cloudfit_orchestrator.bft.pbft.changes import Changes
 from cloudfit_orchestrator.bft.pbft.fetching import Fetching
-from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
-from cloudfit_orchestrator.bft.pbft.messages import MESSAGES, WEDGE, Change, Decided, Phase, Vote, vote_statement
+from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView, LogWedge
+from cloudfit_orchestrator.bft.pbft.messages import (
+    MESSAGES,
+    WEDGE,
+    Change,
+    Decided,
+    Phase,
+    Vote,
+    change_statement,
+    vote_statement,
+)
 from cloudfit_orchestrator.bft.pbft.voice import Voice
 from cloudfit_orchestrator.bft.situation import replica_of
 from cloudfit_orchestrator.model.channel import ErrorCode
@@ -59,6 +68,7 @@ class PbftOrdering(Ordering):
         self.proofs: dict[int, Decided] = {}  # commit certificates, for those that lag behind
         self._decided: dict[int, bytes] = {}
         self._settled = record.h
+        self._used: dict[bytes, Change] = {}  # wedges that an S was computed from, by digest
         self._early: dict[str, deque[Vote]] = {}
         self._named: dict[bytes, int] = {}  # batches that proposals name -> the highest slot
         self._asked_for: dict[bytes, None] = {}  # by the core
@@ -230,6 +240,10 @@ class PbftOrdering(Ordering):
         if isinstance(entry, LogView):
             if entry.new_view.c == self.record.c:
                 self._restore_view(entry)
+        elif isinstance(entry, LogWedge):
+            if entry.change.c == self.record.c:
+                self.changes.add(entry.change, trusted=True)
+                self._used[change_statement(entry.change.body)] = entry.change
         elif self.voice is not None:
             self.voice.restore(entry)
 
@@ -241,7 +255,8 @@ class PbftOrdering(Ordering):
                 found = self.changes.named(body.view_changes, body.g)
                 if isinstance(found, tuple):
                     self._enter(body.g, change, *found, body.view_changes)
-                return
+                    return
+        raise ProtocolError("the own log holds a view that cannot be entered again")
 
     def restored(self) -> None:
         """See `Ordering`."""
@@ -417,6 +432,11 @@ class PbftOrdering(Ordering):
         if not isinstance(found, tuple):
             return None
         newest = self.changes.stable(names)
+        for change in found[0]:
+            name = change_statement(change.body)
+            if name not in self._used:
+                self._used[name] = change
+                self._out.journal(LogWedge(change))
         if newest.certificate:  # who lags behind it fetches that state
             self.statements.certify(Certificate(newest.h, newest.digest, newest.certificate))
         return found[1]
@@ -429,6 +449,7 @@ class PbftOrdering(Ordering):
     def entries(self) -> list[Frozen]:
         """See `Ordering`."""
         found: list[Frozen] = [LogView(*self.entered)] if self.entered is not None else []
+        found += [LogWedge(change) for change in self._used.values()]
         return found + (self.voice.entries() if self.voice is not None else [])
 
     @property

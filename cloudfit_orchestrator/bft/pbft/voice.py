@@ -55,6 +55,7 @@ class Voice:
         self.prepared: dict[int, Prepared] = {}  # of slots above the low-water mark, the highest view's
         self.said: dict[tuple[int, int, Phase], bytes] = {}  # (view, slot, phase) -> digest, of views from e on
         self.wedging = False  # a successor is being prepared
+        self._last_word = False  # the wedge is in the log
         self.wedged = False  # the wedge is signed
         self.change: Change | None = None  # the own newest VIEW-CHANGE or wedge, signed
         self._body = b""  # that which is to be signed
@@ -85,6 +86,7 @@ class Voice:
 
     def session_later(self) -> None:
         """It was refused for a time."""
+        self.needs_session = False
         self._out.later("session", SESSION_RETRY_S)
 
     def tick(self) -> None:
@@ -124,7 +126,7 @@ class Voice:
             return
         self._body, self.change = entry.body, None
         if body.target == WEDGE:
-            self.wedging = True
+            self.wedging = self._last_word = True
         else:
             self.v = max(self.v, body.target)
 
@@ -215,7 +217,8 @@ class Voice:
             self._say_change(target)
 
     def _wedge(self) -> None:
-        if not self._body or self._target(self._body) != WEDGE:
+        if not self._last_word:
+            self._last_word = True
             self._signer.clear()
             self._say_change(WEDGE)
 

@@ -44,6 +44,17 @@ def test_good_spec_is_checked_and_placed() -> None:
     assert from_json(to_json(spec)) == spec
 
 
+@pytest.mark.parametrize(("f", "k", "n"), [(1, 0, 4), (2, 0, 7), (1, 1, 6)])
+def test_without_a_wormhole_more_replicas_are_needed(f: int, k: int, n: int) -> None:
+    clouds = "".join(f"  - {{name: c{i}, process: {{}}}}\n" for i in range(n))
+    text = f"apiVersion: cloudfit/v1\ngroup: g\nservice: kv\nalgorithm: pbft\nf: {f}\nk: {k}\nclouds:\n{clouds}"
+    assert parse_spec(text, "x").n == n
+    few = problems(text.replace(f"f: {f}", f"f: {f}\nreplicas: {n - 1}"))
+    assert [(message, hint) for _, _, message, hint in few] == [
+        (f"{n - 1} replicas are too few for f={f}, k={k}", f"at least 3f+2k+1 = {n}")
+    ]
+
+
 def test_all_mistakes_are_reported_at_once_with_positions() -> None:
     text = """\
 apiVersion: cloudfit/v2
@@ -66,8 +77,7 @@ adversary: [r9]
     by_line = {line: (message, hint) for line, _, message, hint in found}
     assert by_line[2] == ("unknown key 'grup'", "did you mean 'group'?")
     assert by_line[5] == ("key 'f' stands here again", "first on line 4")
-    assert by_line[6] == ("2 replicas are too few for f=1, k=0", "at least 2f+k+1 = 3")
-    assert "pbft is not available" in by_line[7][0]
+    assert by_line[6] == ("2 replicas are too few for f=1, k=0", "at least 3f+2k+1 = 4")
     assert "a duration is" in by_line[12][0]
     assert "allow_adversary" in by_line[13][1]
     messages = [m for _, _, m, _ in found]
