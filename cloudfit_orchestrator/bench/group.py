@@ -28,7 +28,7 @@ from cloudfit_orchestrator.controller.home import Home
 from cloudfit_orchestrator.controller.local import LocalSites, StoreImages, agent_pid, open_context
 from cloudfit_orchestrator.controller.ports import Context, Progress
 from cloudfit_orchestrator.model.errors import BadInputError, UnknownError
-from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.model.record import WITH_WORMHOLE, Algorithm
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 
 NAME = "bench"
@@ -71,7 +71,7 @@ def spec_of(n: int, algorithm: str) -> GroupSpec:
     return GroupSpec(
         group=NAME,
         service="kv",
-        f=(n - 1) // 2,
+        f=(n - 1) // (2 if algorithm in WITH_WORMHOLE else 3),
         k=0,
         algorithm=Algorithm(algorithm),
         clouds=(CloudSpec(CLOUD, "process"),),

@@ -14,6 +14,7 @@ from cloudfit_orchestrator.bench import ordering, plot, state
 from cloudfit_orchestrator.cli.output import EXIT_ERROR, format_option, guarded, print_json, print_table, show_progress
 from cloudfit_orchestrator.cli.simulate import bench_simulate
 from cloudfit_orchestrator.model.errors import BadInputError
+from cloudfit_orchestrator.model.record import Algorithm
 
 _DEFAULT = ordering.Parameters()
 _directory_option = click.option(
@@ -61,8 +62,10 @@ def _interruptible() -> Iterator[None]:
     "cloudfit bench ordering --sweep 1,4,16,64,256; "
     "cloudfit bench ordering --wan a-b:20ms,a-c:35ms,b-c:50ms --clients 48 --stop-slowest",
 )
-@click.option("--algorithm", type=click.Choice(["ebawa", "minbft"]), default=_DEFAULT.algorithm, show_default=True)
-@click.option("-n", "n", type=int, default=_DEFAULT.n, show_default=True, help="Replicas; f is (n-1)/2.")
+@click.option(
+    "--algorithm", type=click.Choice([a.value for a in Algorithm]), default=_DEFAULT.algorithm, show_default=True
+)
+@click.option("-n", "n", type=int, default=_DEFAULT.n, show_default=True, help="Replicas; f is (n-1)/2, pbft: (n-1)/3.")
 @click.option("--clients", type=int, default=_DEFAULT.sweep[0], show_default=True, help="Concurrent callers, all told.")
 @click.option("--sweep", callback=_numbers, metavar="LIST", help="Several numbers of callers in turn: 1,4,16,64,256.")
 @click.option("--processes", type=int, help="Client processes with a key each; default 1, with --wan one a region.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.ordering import Host
 from cloudfit_orchestrator.bft.outbox import Outbox
-from cloudfit_orchestrator.bft.pbft.messages import FetchChanges, FetchSlots, change_statement
+from cloudfit_orchestrator.bft.pbft.messages import FetchChanges, FetchSlots, Stable, change_statement
 from cloudfit_orchestrator.bft.turns import Turns
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Fetching:
         of = self._of
         if of.entered is not None and question.g < of.e:
             yield of.entered[0]
+        newest = of.statements.newest
+        if newest is not None and newest.slot >= question.first:
+            yield Stable(question.c, newest.slot, newest.digest, newest.signatures)
         first = max(question.first, 0)
         for s in range(first, min(question.last + 1, first + MAX_SLOTS)):
             proof = of.proofs.get(s)

@@ -107,7 +107,16 @@ class FetchChanges(Frozen, frozen=True, tag=54):
     digests: tuple[bytes, ...]
 
 
-MESSAGES: tuple[type[Frozen], ...] = (Vote, Change, Decided, FetchSlots, FetchChanges)
+class Stable(Frozen, frozen=True, tag=55):
+    """A checkpoint certificate: a faulty member may withhold from one what makes it a certificate for others."""
+
+    c: int
+    slot: int
+    digest: bytes
+    certificate: tuple[Signed, ...]
+
+
+MESSAGES: tuple[type[Frozen], ...] = (Vote, Change, Decided, FetchSlots, FetchChanges, Stable)
 _bodies: msgspec.msgpack.Decoder[ViewChange | NewView] = msgspec.msgpack.Decoder(ViewChange | NewView)
 
 

@@ -25,6 +25,7 @@ from cloudfit_orchestrator.bft.pbft.messages import (
     Change,
     Decided,
     Phase,
+    Stable,
     Vote,
     change_statement,
     vote_statement,
@@ -120,6 +121,8 @@ class PbftOrdering(Ordering):
                     self._take_change(message)
                 case Decided() if message.c == self.record.c:
                     self._take_decided(message)
+                case Stable() if message.c == self.record.c:
+                    self._take_stable(message)
                 case _:
                     pass
         except BadError:
@@ -205,6 +208,16 @@ class PbftOrdering(Ordering):
         if not all(self._genuine(signed.replica, statement, signed.signature) for signed in proof.commits):
             raise BadError("commit certificate is forged")
         self._prove(proof)
+
+    def _take_stable(self, message: Stable) -> None:
+        newest = self.statements.newest
+        if message.slot <= self.record.h or (newest is not None and message.slot <= newest.slot):
+            return
+        if message.slot >= WEDGE or not self.statements.valid_certificate(
+            message.slot, message.digest, message.certificate
+        ):
+            raise BadError("checkpoint certificate is forged")
+        self.statements.certify(Certificate(message.slot, message.digest, message.certificate))
 
     def _prove(self, proof: Decided) -> None:
         if self._decided.get(proof.s) != proof.digest:

@@ -26,9 +26,11 @@ from cloudfit_orchestrator.bft.pbft.messages import (
     WEDGE,
     Change,
     Decided,
+    FetchSlots,
     NewView,
     Phase,
     Prepared,
+    Stable,
     ViewChange,
     Vote,
     change_statement,
@@ -244,6 +246,7 @@ def _forgeries(group: Group) -> dict[str, ViewChange]:
     digest = batch_digest(batch(group, 1))
     good = prepared(group, 1, 0, digest)
     change_ = msgspec.structs.replace
+    leaders = vote(group, "r0", Phase.PREPARE, 0, 1, digest)
     checkpoint = tuple(Signed(r, bytes(64)) for r in ("r0", "r1", "r2"))
 
     def of(**fields) -> ViewChange:
@@ -256,7 +259,7 @@ def _forgeries(group: Group) -> dict[str, ViewChange]:
         "too few": of(prepared=(change_(good, prepares=good.prepares[:-1]),)),
         "one twice": of(prepared=(change_(good, prepares=(good.prepares[0],) * 2),)),
         "the leader as a backup": of(
-            prepared=(change_(good, prepares=(Signed("r0", good.proposal), good.prepares[0])),)
+            prepared=(change_(good, prepares=(Signed("r0", leaders.signature), good.prepares[0])),)
         ),
         "one in another's name": of(
             prepared=(change_(good, prepares=(good.prepares[0], Signed("r3", good.prepares[1].signature))),)
@@ -499,3 +502,24 @@ def test_what_was_confirmed_is_found_again_though_all_who_confirmed_it_start_aga
         at = member.core._at
         assert at.installed, f"{member.name} cannot tell what it confirmed"
         assert at.execution.snapshots[record.c, group.active.h].root == group.active.digest
+
+
+def test_a_certificate_that_one_member_withheld_from_another_is_handed_on():
+    group = group_of(period=1)
+    late = node(group, "r3")
+    late.down = True
+    group.submit()
+    group.settle(lambda: ordering(group, "r1").stable >= 1, 5)
+    newest = ordering(group, "r1").statements.newest
+    late.down = False
+    forged = Stable(1, newest.slot + 1, newest.digest, newest.signatures)
+    tell(group, "r3", forged, sender="r0#1")
+    assert ordering(group, "r3").statements.newest is None
+    assert ("r0", "signature") in liars(group)
+    group.flying.clear()
+    tell(group, "r1", FetchSlots(1, 0, 1, 8), sender="r3#4")
+    answer = [peer_decoder(MESSAGES)(body) for _, peer, body in group.flying if peer == "r3#4"]
+    stable = [message for message in answer if isinstance(message, Stable)]
+    assert stable
+    tell(group, "r3", *stable, sender="r1#2")
+    assert ordering(group, "r3").statements.newest.slot == newest.slot
