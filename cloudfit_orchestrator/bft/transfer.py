@@ -22,6 +22,7 @@ from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 
 RETRY_S = 2.0  # a source that has not answered by then is asked again, or another is; liveness only
+EXPORTER_SILENT = 3  # chunk questions in a row that an exporter left open: peers are asked for all of it from then on
 EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
 INDEX_RETRY_S = 0.5
 STALLED_S = 2.0
@@ -76,6 +77,7 @@ class Transfer:
         self._index_asked_s = -1e9
         self._turn = 0
         self._exporter_tries: Counter[str] = Counter()
+        self._silent: Counter[str] = Counter()  # questions for chunks in a row that a source left open
         self._exporter_knows: set[str] = set()  # exporters whose index has come
         self._exporter_asked_s: dict[str, float] = {}
 
@@ -113,6 +115,7 @@ class Transfer:
         for source, (when, indices) in list(self._asked.items()):
             if now_s - when >= RETRY_S:
                 del self._asked[source]
+                self._silent[source] += 1
             else:
                 outstanding |= indices
         lacking = [i for i in range(BUCKETS) if i not in self.chunks and i not in outstanding]
@@ -122,6 +125,8 @@ class Transfer:
                 if self._exporter_tries[source] < EXPORTER_TRIES:
                     self._ask_index(source, now_s)
                     from_disk.update(lacking)
+                continue
+            if self._silent[source] >= EXPORTER_SILENT:
                 continue
             wanted = [i for i in lacking if i not in self._refused.get(source, ())]
             from_disk.update(wanted)
@@ -185,6 +190,7 @@ class Transfer:
         asked = self._asked.get(source)
         if asked is None or index not in asked[1]:
             return None
+        self._silent[source] = 0
         asked[1].discard(index)
         self._asked[source] = (now_s, asked[1])
         if not asked[1]:

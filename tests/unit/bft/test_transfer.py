@@ -4,7 +4,7 @@ import pytest
 
 from cloudfit_orchestrator.bft.messages import Chunk, ChunkQuery, Frozen, StateIndex, StateQuery
 from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, StateStore, bucket_of
-from cloudfit_orchestrator.bft.transfer import EXPORTER_TRIES, RETRY_S, Blame, Transfer
+from cloudfit_orchestrator.bft.transfer import EXPORTER_SILENT, EXPORTER_TRIES, RETRY_S, Blame, Transfer
 
 PEERS = ["r0#1", "r1#2", "r2#3"]
 DISK = "old#9"
@@ -157,6 +157,16 @@ def test_a_silent_exporter_is_waited_for_a_while_only() -> None:
     site.run()
     assert site.transfer.result() == WANTED
     assert sum(source == DISK for source, _ in site.asked) == EXPORTER_TRIES
+
+
+def test_an_exporter_that_goes_away_after_its_index_is_waited_for_a_while_only() -> None:
+    site = Site(exporters=(DISK,))
+    site.sources = {peer: honest() for peer in PEERS}
+    index = honest()
+    site.sources[DISK] = lambda message: index(message) if isinstance(message, StateQuery) else []
+    site.run()
+    assert site.transfer.result().root == WANTED.root
+    assert sum(source == DISK and isinstance(m, ChunkQuery) for source, m in site.asked) == EXPORTER_SILENT
 
 
 def test_chunks_nobody_asked_for_are_dropped() -> None:
