@@ -12,8 +12,6 @@ from cloudfit_orchestrator.model.errors import PermanentError
 
 TOOL_TIMEOUT_S = 120.0  # mkfs.ext4 of a sparse terabyte takes seconds
 MIB = 1 << 20
-# mkfs waits until its 2 % of the size are on a disk, minutes on a busy one, for a file that lives a second.
-MEMORY, MAX_IN_MEMORY_MIB = Path("/dev/shm"), 4096  # noqa: S108  a fresh directory in it
 # Fixed, so that a disk is the same wherever it is made: no lazily made tables (the guest would write them later), a
 # small journal (state is small and fsynced), no reserve for root, checksums on metadata.
 MKFS = (
@@ -52,8 +50,7 @@ def run_tool(command: list[str], tried: str) -> None:
 @contextmanager
 def packed_state_disk(size_mib: int) -> Iterator[Path]:
     """A temporary qcow2 file with an empty ext4 of that size: a few hundred KB."""
-    place = MEMORY if size_mib <= MAX_IN_MEMORY_MIB and MEMORY.is_dir() else None
-    directory = Path(tempfile.mkdtemp(prefix="cloudfit-", dir=place))
+    directory = Path(tempfile.mkdtemp(prefix="cloudfit-"))
     try:
         raw, packed = directory / "raw", directory / "qcow2"
         with reporting(f"make a state disk in {directory}"):
