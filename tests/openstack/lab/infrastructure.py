@@ -133,7 +133,9 @@ def _socket(lab: Lab) -> Path:
 
 
 def _as_rabbit() -> list[str]:
-    return ["setpriv", f"--reuid={_RABBIT_USER}", f"--regid={_RABBIT_USER}", "--clear-groups"]
+    # Erlang closes each descriptor that it may have before it runs a program: where many are allowed, that takes minutes.
+    limit = ["prlimit", "--nofile=4096:4096"]
+    return [*limit, "setpriv", f"--reuid={_RABBIT_USER}", f"--regid={_RABBIT_USER}", "--clear-groups"]
 
 
 def _rabbit_env(lab: Lab) -> dict[str, str]:
