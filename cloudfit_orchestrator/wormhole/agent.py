@@ -23,11 +23,12 @@ from cloudfit_orchestrator.model.image import (
     seal_launch,
 )
 from cloudfit_orchestrator.model.signing import public_bytes
-from cloudfit_orchestrator.wormhole.channel import Channel, Verify
+from cloudfit_orchestrator.wormhole.channel import Channel, Find, Verify
 from cloudfit_orchestrator.wormhole.guests import Guest, Table
 from cloudfit_orchestrator.wormhole.identity import Identity
 from cloudfit_orchestrator.wormhole.kss import ChannelCA, Lease
 from cloudfit_orchestrator.wormhole.measure import NO_IMAGE, Measured, measure_libvirt, measure_process
+from cloudfit_orchestrator.wormhole.nova import Watch, find_channel, measure_attached
 from cloudfit_orchestrator.wormhole.reports import Reports
 from cloudfit_orchestrator.wormhole.requests import Desk
 from cloudfit_orchestrator.wormhole.throttle import TokenBucket
@@ -94,6 +95,7 @@ class Agent:
         self.counters: Counter[str] = Counter()
         self._channels: dict[Identity, tuple[Channel, asyncio.Task[None]]] = {}
         self._measuring = asyncio.Semaphore(MAX_MEASURING)
+        self._watch = Watch()
 
     async def admit(self, order: Admission) -> bytes:
         """The launch certificate's envelope. Raises BadError if the image or the machine is not what is signed."""
@@ -104,26 +106,42 @@ class Agent:
         if found is not None:
             return found.launch
         started_s = self._clock.now_s()
-        measured = await self._measure(order.machine, manifest)
+        measured = await self._measure(order.machine, manifest, attach=True)
         found = self.table.check_admission(order.identity, machine, image)
         if found is not None:  # the same order came twice, and the other was measured first
             return found.launch
         guest = self._guest(order, measured, image, started_s)
         self.table.admit(guest)
 
+        path = measured.channel
+
+        async def find() -> str:
+            nonlocal path
+            path = await asyncio.to_thread(find_channel, order.machine.uri, order.machine.uuid)
+            return path
+
         async def verify() -> None:
             if order.machine.driver == "process":
                 return  # not isolated anyway; a process that is started again has another id
             again = await self._measure(order.machine, manifest)
-            if again.channel != measured.channel:
+            if again.channel != path:
                 raise BadError(f"domain definition: the channel of {machine} has moved")
 
-        self._serve(guest, measured.channel, verify)
+        channel = self._serve(guest, find if measured.nova else path, verify)
+        if measured.nova:
+            self._watch.add(order.machine.uri, machine, channel.try_again, lambda why: self._lose(guest, why))
         return guest.launch
 
-    async def _measure(self, machine: MachineRef, manifest: Manifest | None) -> Measured:
+    def _lose(self, guest: Guest, why: str) -> None:
+        """The machine has left this host: whatever comes back under its name is not the one that the epochs are of."""
+        guest.lose(why)
+        self.counters["guests-lost"] += 1
+        _log.warning("guest lost", extra={"guest": str(guest.identity), "why": why})
+        self._channels[guest.identity][1].cancel()
+
+    async def _measure(self, machine: MachineRef, manifest: Manifest | None, *, attach: bool = False) -> Measured:
         async with self._measuring:
-            measured = await asyncio.to_thread(_measure, machine, manifest)
+            measured = await asyncio.to_thread(_measure, machine, manifest, attach=attach)
         if measured.machine != _machine_id(machine):
             raise BadError(f"domain definition: machine {_machine_id(machine)} calls itself {measured.machine}")
         return measured
@@ -166,7 +184,7 @@ class Agent:
             welcome=order.welcome,
         )
 
-    def _serve(self, guest: Guest, path: str, verify: Verify) -> None:
+    def _serve(self, guest: Guest, path: str | Find, verify: Verify) -> Channel:
         desk = Desk(guest, self.table, self._clock, self._keep_report)
         if self._bucket is None:
             bucket = TokenBucket(self._clock)
@@ -176,6 +194,7 @@ class Agent:
         task = asyncio.create_task(channel.run(), name=f"channel {guest.identity}")
         task.add_done_callback(self._channel_ended)
         self._channels[guest.identity] = (channel, task)
+        return channel
 
     def _channel_ended(self, task: asyncio.Task[None]) -> None:
         """Only evict ends a channel; anything else is a fault of ours that costs this guest its voice."""
@@ -200,7 +219,9 @@ class Agent:
 
     async def evict(self, identity: Identity) -> None:
         """Destroy the guest's keys and let go of its channel."""
-        self.table.evict(identity)
+        guest = self.table.evict(identity)
+        if guest is not None:
+            await self._watch.remove(guest.machine)
         self.reports.forget(identity)
         channel, task = self._channels.pop(identity, (None, None))
         if channel is not None and task is not None:
@@ -212,6 +233,7 @@ class Agent:
         """Evict everybody."""
         for guest in self.table:
             await self.evict(guest.identity)
+        await self._watch.stop()
 
     def status(self) -> dict[str, Any]:
         """Figures for the controller; no key material."""
@@ -244,6 +266,7 @@ class Agent:
             "connected": channel.connected,
             "greeted": channel.greeted,
             "retired": guest.retired,
+            "lost": guest.lost,
             "lease_left_s": round(guest.lease.left_s(self._clock.now_s()), 1),
             "epochs": [{"c": e.c, "state": e.state.value, "cv": e.cv} for e in guest.epochs.values()],
             "counters": dict(channel.counters),
@@ -254,9 +277,10 @@ def _machine_id(machine: MachineRef) -> str:
     return machine.uuid if machine.driver == "libvirt" else f"process-{machine.pid}"
 
 
-def _measure(machine: MachineRef, manifest: Manifest | None) -> Measured:
+def _measure(machine: MachineRef, manifest: Manifest | None, *, attach: bool) -> Measured:
     if machine.driver == "process":
         return measure_process(machine.pid, machine.socket)
     if manifest is None:
         raise BadInputError("a libvirt machine needs an image manifest")
-    return measure_libvirt(machine.uri, machine.uuid, manifest)
+    how = measure_attached if attach else measure_libvirt
+    return how(machine.uri, machine.uuid, manifest)

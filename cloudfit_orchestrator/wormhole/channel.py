@@ -5,6 +5,7 @@ counted reason; the agent connects again, after a bounded back-off, as long as t
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ ISSUE_TOKENS = 20.0  # two hundred microseconds of DER and signing
 BYTES_A_TOKEN = 1024.0
 
 Verify = Callable[[], Awaitable[None]]
+Find = Callable[[], Awaitable[str]]
 
 _log = logging.getLogger(__name__)
 
@@ -31,11 +33,12 @@ _log = logging.getLogger(__name__)
 class Channel:
     """One guest's channel, for as long as it is admitted."""
 
-    def __init__(self, path: str, guest: Guest, desk: Desk, bucket: TokenBucket, verify: Verify) -> None:
+    def __init__(self, path: str | Find, guest: Guest, desk: Desk, bucket: TokenBucket, verify: Verify) -> None:
         """`path`: the unix socket at whose other end is the guest. `verify` raises CloudfitError if it no longer is.
 
-        It is called on each new connection, before anything is read: the hypervisor's process behind it may be another
-        than the one that was measured.
+        `path` may be a function that finds the socket before each connection; it raises CloudfitError if there is none.
+        `verify` is called on each new connection, before anything is read: the hypervisor's process behind it may be
+        another than the one that was measured.
         """
         self._verify = verify
         self._path = path
@@ -43,6 +46,7 @@ class Channel:
         self._desk = desk
         self._bucket = bucket
         self._push_due = asyncio.Event()
+        self._again = asyncio.Event()
         self._records_due = False
         self._pushed: tuple[bytes, ...] = ()  # the last two records that this process of the guest got
         self._commands_due: deque[bytes] = deque(maxlen=MAX_COMMANDS)
@@ -55,6 +59,10 @@ class Channel:
         """A record was installed: the guest gets what concerns it."""
         self._records_due = True
         self._push_due.set()
+
+    def try_again(self) -> None:
+        """The machine was started: connect without waiting for the end of the back-off."""
+        self._again.set()
 
     def push_command(self, command: bytes) -> None:
         """A command was given."""
@@ -72,16 +80,20 @@ class Channel:
         """Serve until cancelled."""
         delay_s = BACK_OFF_S[0]
         while True:
+            self._again.clear()
             try:
-                reader, writer = await asyncio.open_unix_connection(self._path)
-            except OSError as error:
+                path = self._path if isinstance(self._path, str) else await self._path()
+                reader, writer = await asyncio.open_unix_connection(path)
+            except (OSError, CloudfitError) as error:
                 self.counters["connect-failed"] += 1
                 if self.counters["connect-failed"] == 1:
-                    _log.info("cannot connect", extra={"guest": str(self._guest.identity), "why": error.strerror})
+                    why = error.strerror if isinstance(error, OSError) else error.fact[:500]
+                    _log.info("cannot connect", extra={"guest": str(self._guest.identity), "why": why})
             else:
                 if await self._verified(writer) and await self._connection(reader, writer):
                     delay_s = BACK_OFF_S[0]
-            await asyncio.sleep(delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._again.wait(), delay_s)
             delay_s = min(2 * delay_s, BACK_OFF_S[1])
 
     async def _verified(self, writer: asyncio.StreamWriter) -> bool:

@@ -47,6 +47,7 @@ class Guest:
     epochs: dict[int, Epoch] = field(default_factory=dict)
     commands: deque[bytes] = field(default_factory=lambda: deque(maxlen=MAX_COMMANDS))  # JSON
     was_member: bool = False
+    lost: str = ""  # why the machine is none of this host any more: nothing is signed for it again
     retired: bool = False  # was a member and is none of the ACTIVE configuration: no certificates any more
 
     def epoch(self, c: int) -> Epoch:
@@ -60,6 +61,10 @@ class Guest:
         """The epoch of c, made if there is none."""
         if self.role is not Role.REPLICA:
             raise RefusedError(f"{self.identity} is a {self.role} machine: it gets no keys")
+        if self.lost:
+            raise RefusedError(
+                f"{self.identity} is lost to this host: {self.lost}", next_command="evict it and recover the replica"
+            )
         if c not in self.epochs:
             ended = sorted(x for x, epoch in self.epochs.items() if epoch.state is State.ENDED)
             if len(self.epochs) >= MAX_EPOCHS:
@@ -73,6 +78,12 @@ class Guest:
         """A process of the guest said HELLO: the sessions of the one before it end."""
         for epoch in self.epochs.values():
             epoch.forget_session()
+
+    def lose(self, why: str) -> None:
+        """End every epoch for good, keeping what they ended with."""
+        self.lost = why
+        for epoch in self.epochs.values():
+            epoch.end()
 
     def destroy(self) -> None:
         """End every epoch and drop all keys."""

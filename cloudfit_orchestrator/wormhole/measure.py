@@ -5,12 +5,15 @@ runs (firmware, further disks, passed-through devices, QEMU arguments) is refuse
 files now: that nobody but the host's root, who is trusted, writes to them between QEMU's start and now is assumed.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 from xml.etree import ElementTree as ET  # the XML comes from the host's libvirt, which is trusted
 
 from cloudfit_orchestrator.model.channel import PORT_NAME
@@ -24,6 +27,12 @@ _DEVICES = frozenset(
     {"emulator", "disk", "controller", "interface", "serial", "console", "channel", "rng"}
 ) | frozenset({"memballoon", "input", "audio", "video", "watchdog", "panic", "tpm"})
 _OS = frozenset({"type", "kernel", "initrd", "cmdline", "boot", "bios"})
+# What Nova adds to each domain: a screen, and the names of maker and product that the firmware shows. Other sysinfo
+# (OEM strings, fw_cfg) can carry orders to a guest's first process, and is refused.
+_NOVA_DEVICES = frozenset({"graphics"})
+_NOVA_OS = frozenset({"smbios"})
+_NOVA = "metadata/{*}instance"
+_NOVA_SPACE = "{http://openstack.org/xmlns/libvirt/nova/"
 _VOLATILE = ("seclabel", "metadata", "resource")  # host state, and the driver's own notes, which nothing runs by
 _VOLATILE_ATTRIBUTES = {
     "domain": ("id",),
@@ -33,6 +42,7 @@ _VOLATILE_ATTRIBUTES = {
     "console": ("tty",),
 }
 _MAX_DISKS = 2
+_OURS = f"devices/channel/target[@name='{PORT_NAME}']/.."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,7 @@ class Measured:
     domain: str  # sha256:… of the canonical definition
     channel: str
     isolated: bool
+    nova: bool = False  # a server of Nova's: its channel was attached by an agent, and goes with each hard reboot
 
 
 def measure_process(pid: int, socket: str) -> Measured:
@@ -58,29 +69,37 @@ def measure_process(pid: int, socket: str) -> Measured:
 
 def measure_libvirt(uri: str, uuid: str, manifest: Manifest) -> Measured:
     """Measure a running or paused domain. Raises BadError naming the part that differs; UnknownError if unreachable."""
-    domain = ET.fromstring(live_xml(uri, uuid))  # noqa: S314  see the import
-    return measure_domain(domain, manifest)
+    return measure_domain(live_definition(uri, uuid), manifest)
+
+
+def live_definition(uri: str, uuid: str) -> ET.Element:
+    """`live_xml`, parsed."""
+    return ET.fromstring(live_xml(uri, uuid))  # noqa: S314  see the import
 
 
 def live_xml(uri: str, uuid: str) -> str:
     """The live XML of a domain of this host."""
+    with running(uri, uuid) as domain:
+        return str(domain.XMLDesc(0))
+
+
+@contextlib.contextmanager
+def running(uri: str, uuid: str, *, write: bool = False) -> Iterator[Any]:
+    """The running or paused `libvirt.virDomain`; libvirt's errors become ours."""
     # Here and not above, so that an agent for local processes needs no libvirt.
     import libvirt  # noqa: PLC0415
 
-    if "+" in uri.partition(":")[0] or not uri.endswith(("///system", "///session", "///default")):
-        raise BadInputError(
-            f"{uri!r} is not a libvirt of this host", next_command="give the agent's own URI: qemu:///system"
-        )
+    check_local(uri)
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
     try:
-        connection = libvirt.openReadOnly(uri)
+        connection = libvirt.open(uri) if write else libvirt.openReadOnly(uri)
     except libvirt.libvirtError as error:
         raise TemporaryError(f"libvirt at {uri} does not answer: {error}", next_command="start libvirtd") from error
     try:
         domain = connection.lookupByUUIDString(uuid)
         if not domain.isActive():
             raise UnknownError(f"domain {uuid} at {uri} does not run", next_command="start it and admit it again")
-        return str(domain.XMLDesc(0))
+        yield domain
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             raise PermanentError(f"there is no domain {uuid} at {uri}") from error
@@ -89,27 +108,68 @@ def live_xml(uri: str, uuid: str) -> str:
         connection.close()
 
 
+def check_local(uri: str) -> None:
+    """Raise BadInputError unless the URI is a libvirt of this host: a standard one, or one at a socket of root's.
+
+    A socket of anybody else's could answer with any definition.
+    """
+    parts = urlsplit(uri)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    local = not parts.netloc and parts.path in ("/system", "/session", "/default")
+    if local and parts.scheme == "qemu+unix" and [name for name, _ in query] == ["socket"]:
+        path = Path(query[0][1])
+        if path.is_absolute() and (not path.exists() or path.stat().st_uid in (0, os.geteuid())):
+            return
+    elif local and "+" not in parts.scheme and not query and not parts.fragment:
+        return
+    raise BadInputError(
+        f"{uri!r} is not a libvirt of this host",
+        next_command="give the agent's own URI: qemu:///system, or qemu+unix:///system?socket=PATH, PATH being root's",
+    )
+
+
 def measure_domain(domain: ET.Element, manifest: Manifest) -> Measured:
     """Compare a live domain definition, and the files it names, with the manifest."""
+    check_boot(domain, manifest)
+    channel = channel_of(domain)
+    if channel is None:
+        raise BadError(f"domain definition: has no unix channel {PORT_NAME}")
+    return Measured(
+        domain.findtext("uuid") or "", canonical_digest(domain), channel, isolated=True, nova=is_nova(domain)
+    )
+
+
+def is_nova(domain: ET.Element) -> bool:
+    """Whether Nova made the domain."""
+    found = domain.find(_NOVA)
+    return found is not None and found.tag.startswith(_NOVA_SPACE)
+
+
+def check_boot(domain: ET.Element, manifest: Manifest) -> None:
+    """Everything but the channel. Raises BadError naming the part that differs."""
     _check_shape(domain)
     command_line = domain.findtext("os/cmdline") or ""
     if command_line != manifest.command_line:
         raise BadError(
             f"command line of the domain is {command_line!r:.300}, the manifest says {manifest.command_line!r:.300}"
         )
-    root = _root_disk(domain)
+    root = _nova_root(domain) if is_nova(domain) else _root_disk(domain)
     for name, path in (("kernel", domain.findtext("os/kernel")), ("initramfs", domain.findtext("os/initrd"))):
         if not path:
             raise BadError(f"{name}: the domain boots none directly")
         _check_part(manifest.part(name), path, whole=True)
     for name in ("root", "verity"):
         _check_part(manifest.part(name), root, whole=False)  # beyond them dm-verity reads nothing
-    return Measured(domain.findtext("uuid") or "", canonical_digest(domain), _channel(domain), isolated=True)
 
 
 def canonical_digest(domain: ET.Element) -> str:
     """`sha256:` of the definition without what libvirt assigns at each start."""
     copy = ET.fromstring(ET.tostring(domain))  # noqa: S314
+    if is_nova(copy):
+        devices = copy.find("devices")
+        for child in copy.findall(_OURS):
+            assert devices is not None
+            devices.remove(child)  # attached while it runs: the path is another at each start
     for tag in _VOLATILE:
         for child in copy.findall(tag):
             copy.remove(child)
@@ -127,18 +187,24 @@ def canonical_digest(domain: ET.Element) -> str:
 
 
 def _check_shape(domain: ET.Element) -> None:
+    nova = is_nova(domain)
     foreign = [child.tag for child in domain if child.tag.startswith("{")]
     if foreign:
         raise BadError(f"domain definition: {foreign[0]} passes arguments to the hypervisor")
-    if (domain.find("os") is None) or (extra := {child.tag for child in domain.iterfind("os/*")} - _OS):
+    if (domain.find("os") is None) or (
+        extra := {child.tag for child in domain.iterfind("os/*")} - (_OS | _NOVA_OS if nova else _OS)
+    ):
         raise BadError(
             f"domain definition: boots by {sorted(extra) if domain.find('os') is not None else 'no os element'}"
         )
-    if domain.find("sysinfo") is not None:
-        raise BadError("domain definition: has a sysinfo element")
-    devices = {child.tag for child in domain.iterfind("devices/*")}
+    for sysinfo in domain.findall("sysinfo"):
+        if not nova or sysinfo.get("type") != "smbios" or {child.tag for child in sysinfo} != {"system"}:
+            raise BadError("domain definition: has a sysinfo element")
+    devices = {child.tag for child in domain.iterfind("devices/*")} - (_NOVA_DEVICES if nova else frozenset())
     if devices - _DEVICES:
         raise BadError(f"domain definition: has devices that no image expects: {sorted(devices - _DEVICES)}")
+    if domain.find("devices/*/rom[@file]") is not None:
+        raise BadError("domain definition: a device has an option ROM of its own, which would run before the kernel")
     if len(domain.findall("devices/disk")) > _MAX_DISKS:
         raise BadError(f"domain definition: has more than {_MAX_DISKS} disks")
 
@@ -156,8 +222,41 @@ def _root_disk(domain: ET.Element) -> str:
     return source
 
 
-def _channel(domain: ET.Element) -> str:
-    channels = [c for c in domain.iterfind("devices/channel") if _attribute(c, "target", "name") == PORT_NAME]
+def _nova_root(domain: ET.Element) -> str:
+    """The file with what Nova copied from Glance: the base below the instance's overlay, or its raw disk.
+
+    What the guest wrote above the base is not measured: dm-verity, whose root hash stands in the command line, reads
+    nothing that differs. So this comparison only tells early that a server boots an image that cannot work.
+    """
+    disks = [disk for disk in domain.iterfind("devices/disk") if _attribute(disk, "target", "dev") == "vda"]
+    if len(disks) != 1:
+        raise BadError(f"root: the server has {len(disks)} disks vda")
+    disk = disks[0]
+    base = disk.find("backingStore")
+    backed = base is not None and base.find("source") is not None
+    kind = _attribute(disk, "driver", "type")
+    if disk.get("type") == "file" and kind == "raw" and not backed:
+        path = _attribute(disk, "source", "file")
+    elif disk.get("type") == "file" and kind == "qcow2" and base is not None and backed:
+        if base.get("type") != "file" or _attribute(base, "format", "type") != "raw":
+            raise BadError("root: the base of disk vda is no raw file: nova.conf needs force_raw_images = true")
+        if base.find("backingStore/source") is not None:
+            raise BadError("root: the base of disk vda stands on a further file")
+        path = _attribute(base, "source", "file")
+    else:
+        raise BadError(
+            "root: disk vda is neither a raw file nor an overlay: nova.conf needs images_type = qcow2 or raw"
+        )
+    if not path:
+        raise BadError("root: disk vda names no file")
+    return path
+
+
+def channel_of(domain: ET.Element) -> str | None:
+    """The socket of our channel; None if the domain has no such channel. Raises BadError if it is of another shape."""
+    channels = domain.findall(_OURS)
+    if not channels:
+        return None
     if len(channels) != 1 or channels[0].get("type") != "unix":
         raise BadError(f"domain definition: has {len(channels)} unix channels {PORT_NAME}")
     path = _attribute(channels[0], "source", "path")

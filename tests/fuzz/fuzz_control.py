@@ -16,7 +16,7 @@ HOUSE = House()
 TEXT = base64.b64encode(HOUSE.prepared).decode()
 
 
-def _measured(machine: agent_module.MachineRef, _: object) -> Measured:
+def _measured(machine: agent_module.MachineRef, _: object, *, attach: bool) -> Measured:
     """Every machine is what it says; nothing of this computer is looked at."""
     return Measured(agent_module._machine_id(machine), NO_IMAGE, "/nonexistent/socket", isolated=False)
 
