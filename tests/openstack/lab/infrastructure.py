@@ -133,9 +133,7 @@ def _socket(lab: Lab) -> Path:
 
 
 def _as_rabbit() -> list[str]:
-    # Erlang closes each descriptor that it may have before it runs a program: where many are allowed, that takes minutes.
-    limit = ["prlimit", "--nofile=4096:4096"]
-    return [*limit, "setpriv", f"--reuid={_RABBIT_USER}", f"--regid={_RABBIT_USER}", "--clear-groups"]
+    return ["setpriv", f"--reuid={_RABBIT_USER}", f"--regid={_RABBIT_USER}", "--clear-groups"]
 
 
 def _rabbit_env(lab: Lab) -> dict[str, str]:

@@ -364,6 +364,8 @@ _PROGRAMS = {
 # Mounts "NFS" shares of this host, 127.0.0.1:DIRECTORY, without a kernel that knows NFS.
 if [ "${1-}" = -t ] && [ "${2-}" = nfs ]; then
     for word; do source=${target-}; target=$word; done
+    # Nova and Cinder do not recognise a bind mount as their share, and would pile thousands upon each other.
+    if mountpoint -q "$target"; then exit 0; fi
     exec /bin/mount --bind "${source#*:}" "$target"
 fi
 exec /bin/mount "$@"
