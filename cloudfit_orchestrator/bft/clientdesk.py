@@ -91,7 +91,7 @@ class ClientDesk:
                 self._out.put(Answer(item.client, encode(Replies(me, c, slot, item.results, path, signature))))
 
         # A reply shows a slot that Qc members have logged before they voted: it need not wait for our own log.
-        self._out.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send, waits=self._reads.show())
+        self._reads.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send)
 
     def executed(self, batch: bytes) -> None:
         """A batch was executed: its bundles wait no more."""

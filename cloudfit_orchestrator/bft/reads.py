@@ -7,6 +7,8 @@ is not the same. So that replicas that took over a checkpoint agree with those t
 than the last multiple of K counts as written there.
 """
 
+from collections.abc import Callable
+
 from cloudfit_orchestrator.bft.effects import Answer
 from cloudfit_orchestrator.bft.interfaces import Readable
 from cloudfit_orchestrator.bft.journal import LogShown
@@ -34,7 +36,8 @@ class ReadDesk:
     def __init__(self, situation: Situation, outbox: Outbox) -> None:
         self._at = situation
         self._out = outbox
-        self._shown = 0  # slots up to here may have been shown, says the log
+        self._shown = 0  # slots up to here may be shown, says the log, or will
+        self._durable = 0  # the same of what is on the disk for sure
         self._before_restart = 0  # the same, of an earlier process: until they are executed again, nothing is read
 
     @property
@@ -44,15 +47,26 @@ class ReadDesk:
 
     def restore(self, slot: int) -> None:
         """The log says that slots up to `slot` may have been shown."""
-        self._shown = self._before_restart = max(self._shown, slot)
+        self._shown = self._durable = self._before_restart = max(self._shown, slot)
 
-    def show(self) -> bool:
-        """The state after the slot executed last is about to be shown. True if the log must say so first."""
-        if self._at.execution.slot <= self._shown:
-            return False
-        self._shown = self._at.execution.slot + SHOWN_AHEAD
-        self._out.journal(LogShown(self._shown))
-        return True
+    def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None]) -> None:
+        """Have a statement signed that shows the state after the slot executed last. It need not wait for the own log
+        but where the mark ahead of that slot may not be on the disk yet: a signature that has waited for it proves it.
+        """
+        slot = self._at.execution.slot
+        if slot <= self._durable:
+            self._out.sign(c, kind, body, then, waits=False)
+            return
+        if slot > self._shown:
+            self._shown = slot + SHOWN_AHEAD
+            self._out.journal(LogShown(self._shown))
+        mark = self._shown
+
+        def signed(signature: bytes) -> None:
+            self._durable = max(self._durable, mark)
+            then(signature)
+
+        self._out.sign(c, kind, body, signed)
 
     def take(self, client: bytes, message: Read, *, wedging: bool) -> None:
         """Answer, or say at once that it cannot be answered here now. `wedging`: a successor is PREPARED."""
@@ -65,7 +79,7 @@ class ReadDesk:
         c, slot, number = ordering.record.c, at.execution.slot, message.number
         body = LAYOUT[Kind.READ].pack(client, number, slot, seen_digest(message.operations, seen))
         reply = ReadReply(at.me, c, number, slot, seen, b"")
-        self._out.sign(c, Kind.READ, body, lambda signature: self._answer(client, reply, signature), waits=self.show())
+        self.sign(c, Kind.READ, body, lambda signature: self._answer(client, reply, signature))
 
     def _answer(self, client: bytes, reply: ReadReply, signature: bytes) -> None:
         signed = ReadReply(reply.replica, reply.c, reply.number, reply.slot, reply.seen, signature)

@@ -317,7 +317,10 @@ class Machine:
         for effect in replica.effects():
             self.world.watch(self, effect)
             if self.behaviour is None:
-                self._queue.append(effect)
+                if isinstance(effect, Sign) and not effect.waits:
+                    self._do(effect)  # it overtakes what waits for the disk
+                else:
+                    self._queue.append(effect)
                 continue
             for delay_s, done in self.behaviour.effects(self, effect):
                 if delay_s:
