@@ -153,10 +153,12 @@ class Watch:
         _start_events()
 
         def hung_up(*_: Any) -> None:
-            loop.call_soon_threadsafe(closed.set)
+            with contextlib.suppress(RuntimeError):  # the agent's loop has ended
+                loop.call_soon_threadsafe(closed.set)
 
         def happened(_connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
-            loop.call_soon_threadsafe(self._happened, domain.UUIDString(), event, detail)
+            with contextlib.suppress(RuntimeError):  # see hung_up
+                loop.call_soon_threadsafe(self._happened, domain.UUIDString(), event, detail)
 
         connection = None
         try:
