@@ -16,7 +16,7 @@ class Batches:
     """Batches by digest, valid or not, with their verdict."""
 
     def __init__(self, checker: BundleChecker, max_loose: int) -> None:
-        """`max_loose`: batches held that no standing proposal names yet; a log that is read again has 2L at most."""
+        """`max_loose`: batches held that no proposal names yet."""
         self.checker = checker
         self._max_loose = max_loose
         self._held: dict[bytes, _Held] = {}
@@ -26,12 +26,17 @@ class Batches:
         """Hold a batch whose digest the caller computed. False if it is held already."""
         if digest in self._held:
             return False
-        if len(self._loose) >= self._max_loose:
+        while len(self._loose) >= self._max_loose:
             oldest = next(iter(self._loose))
             del self._loose[oldest], self._held[oldest]
-        self._held[digest] = _Held(data, self.checker.valid(data), -1)
-        self._loose[digest] = None
+        self.restore(digest, data)
         return True
+
+    def restore(self, digest: bytes, data: bytes) -> None:
+        """Hold a batch of the own log, of which none may be lost: what names it comes later."""
+        if digest not in self._held:
+            self._held[digest] = _Held(data, self.checker.valid(data), -1)
+            self._loose[digest] = None
 
     def name(self, digest: bytes, slot: int) -> bool:
         """A proposal names the batch for `slot`. False if it is not held."""

@@ -131,7 +131,7 @@ class CatchUp:
             return
         if message.root != transfer.root and peer not in self._at.exporters:
             later = ordering.statements.certificates.get(message.slot)
-            if transfer.indexed or later is None or later.digest != message.root:
+            if transfer.indexed or message.slot <= transfer.slot or later is None or later.digest != message.root:
                 return
             if self._at.installed and message.slot <= self._at.execution.slot:
                 return

@@ -139,7 +139,7 @@ class Replica:
         match entry:
             case LogBatch():
                 if entry.c == ordering.record.c:
-                    ordering.batches.add(batch_digest(entry.batch), entry.batch)
+                    ordering.batches.restore(batch_digest(entry.batch), entry.batch)
             case LogState():
                 self._replay_state(ordering, entry)
             case LogDecision():

@@ -90,8 +90,16 @@ class Succession:
             self._out.journal(LogWedges(record.c, chosen))
             self.hand_round(ordering)
         self.successors.compute(ordering, self._at.execution)
-        for outcome in self.successors.outcomes():
+        for outcome in self.successors.outcomes() if self._base_is_durable() else ():
             self._confirm(record, envelope, outcome.h, outcome.digest)
+
+    def _base_is_durable(self) -> bool:
+        """The state that outcomes are executed on can be built again from the disk: a persisted snapshot, and decided
+        slots without a gap from there. Else ACTIVE might pin a state that nobody has after a crash (§6).
+        """
+        execution, c = self._at.execution, self._at.c
+        saved = max((slot for of, slot in self._at.saved if of == c and slot <= execution.slot), default=None)
+        return saved is not None and all(slot in execution.history for slot in range(saved + 1, execution.slot + 1))
 
     def hand_round(self, ordering: Ordering) -> None:
         """Tell the others which wedges the own S comes from; repeated."""

@@ -186,7 +186,6 @@ class Transfer:
         index = message.index
         if message.root != self.root or not self._hashes or not 0 <= index < BUCKETS:
             return None
-        self._news_s = now_s
         asked = self._asked.get(source)
         if asked is None or index not in asked[1]:
             return None
@@ -207,6 +206,7 @@ class Transfer:
             blame = Blame(index, source)
             self.figures.corrupt.append(blame)
             return blame
+        self._news_s = now_s  # only what helps is news: anybody can send a chunk again and again
         self.chunks[index] = node
         self.figures.fetched[source] += 1
         self.figures.bytes[source] += len(message.data)

@@ -21,7 +21,7 @@ from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.statement import Kind
 
-MAX_NEW_VIEWS = 4  # kept that are above the present view: the highest ones matter
+MAX_OF_LEADER = 4  # NEW-VIEWs kept of one leader, above the present view: the highest ones matter, and none of another
 MAX_OF_VIEW = 2  # of one view: a faulty leader may sign one that nobody can complete, and another
 MAX_SIGNATURE_BYTES = 160  # a signature with its signer's name, or a slot's fields
 
@@ -103,8 +103,9 @@ class Changes:
         same = [of for of, (_, other) in self._new_views.items() if other.g == body.g]
         if body.g > self._floor and len(same) < MAX_OF_VIEW:
             self._new_views[name] = (change, body)
-            if len(self._new_views) > MAX_NEW_VIEWS:
-                del self._new_views[min(self._new_views, key=lambda of: self._new_views[of][1].g)]
+            of_leader = [of for of, (other, _) in self._new_views.items() if other.replica == change.replica]
+            if len(of_leader) > MAX_OF_LEADER:
+                del self._new_views[min(of_leader, key=lambda of: self._new_views[of][1].g)]
         return ""
 
     # ----------------------------------------------------------------------------------------------------- telling

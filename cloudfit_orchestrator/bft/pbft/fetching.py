@@ -35,8 +35,12 @@ class Fetching:
             question = FetchSlots(c, of.e, slot + 1, slot + MAX_SLOTS)
             self._out.send(self._turns.next(others, "slots"), question)
         if of.changes.wanted and self._out.every("changes", PATIENCE_S):
-            names = tuple(sorted(of.changes.wanted)[:MAX_CHANGES])
-            self._out.send(self._turns.next(others, "changes"), FetchChanges(c, names))
+            # All that is named has its turn at every peer: a faulty member may name what nobody has.
+            names = sorted(of.changes.wanted)
+            asked = self._turns.count("changes")
+            start = asked // len(others) * MAX_CHANGES % len(names)
+            chosen = (names[start:] + names[:start])[:MAX_CHANGES]
+            self._out.send(others[asked % len(others)], FetchChanges(c, tuple(chosen)))
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """Answer a question about this configuration. False if it was none."""

@@ -14,7 +14,7 @@ from cloudfit_orchestrator.bft.messages import NOOP, Signed
 from cloudfit_orchestrator.bft.usig.citations import Citations
 from cloudfit_orchestrator.bft.usig.evidence import Attestations, Statements
 from cloudfit_orchestrator.bft.usig.judge import Broken, Held, StreamState, initial, judge, leader, stated
-from cloudfit_orchestrator.bft.usig.logvotes import LogVotes
+from cloudfit_orchestrator.bft.usig.logvotes import WEDGE, LogVotes
 from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge, slots_of
 from cloudfit_orchestrator.bft.usig.messages import (
     Choice,
@@ -176,7 +176,7 @@ class Configuration:
         anchored = first.message.cv == 1 or (
             isinstance(first.header, Stable) and first.header.h <= before.h - self._window
         )
-        if isinstance(header, ViewChange) and anchored:
+        if isinstance(header, ViewChange | Wedge) and anchored:
             self.votes.read(before, kept[:-1], kept[-1])
 
     def offer_end(self, end: EpochEnd) -> bool:
@@ -248,6 +248,8 @@ class Configuration:
                 while self._step(stream, done):
                     moved = True
         self.citations.settle()
+        if any(stream.state.wedged and not self.votes.has(r, WEDGE) for r, stream in self.streams.items()):
+            self.wanted.views.add(WEDGE)  # its log was jumped over: whoever holds it can prove the vote
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking

@@ -74,6 +74,9 @@ class Fetching:
         stream = self._configuration.streams.get(replica)
         if stream is None:
             return
+        if message.stable.cv == stream.cursor + 1:  # nothing is missing: no reason to lose the log before it
+            self._configuration.offer(message.stable)
+            return
         cursor, since_s = self._stuck.get(replica, (-1, 0.0))
         if cursor != stream.cursor:
             self._stuck[replica] = (stream.cursor, self._out.now_s)

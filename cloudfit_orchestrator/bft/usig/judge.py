@@ -43,6 +43,7 @@ class StreamState:
     blacklist: tuple[str, ...]  # of e, oldest first, at most f
     retired: tuple[str, ...]  # of e, sorted
     since: int = 0  # messages since the last STABLE, NEW-VIEW, COMMIT(NEW-VIEW) or VIEW-CHANGE
+    cited: int = 0  # entries of COMMITs since then
 
     @property
     def wedged(self) -> bool:
@@ -145,11 +146,11 @@ def judge(
                 return Broken("R1: VIEW-CHANGE target is not above v")
             if not known.view_certificate(header.g, header.certificate):
                 return Broken("form: VIEW-CHANGE without f+1 REQs for its target")
-            return replace(state, v=header.g, since=0)
+            return replace(state, v=header.g, since=0, cited=0)
         case Wedge():
             if not known.successor(header.prepared):
                 return Broken("form: wedge without PREPARED(c') on this base")
-            return replace(state, v=WEDGED_VIEW, since=0)
+            return replace(state, v=WEDGED_VIEW, since=0, cited=0)
         case NewView() | CommitNewView():
             return _new_view(record, state, replica, cv, header, message.payload, known)
 
@@ -162,7 +163,11 @@ def _largest(record: ConfigRecord, header: Header) -> int:
     """Bytes that a correct member may need for such a message: what is kept of a stream is bounded (rule 5)."""
     if isinstance(header, Wedge):
         return MAX_ENVELOPE_BYTES
-    entries = record.parameters.window if isinstance(header, Commit | NewView) else 1
+    if isinstance(header, Commit):
+        return (len(header.entries) + 1) * MAX_ENTRY_BYTES
+    if isinstance(header, Prepare | Skip):
+        return MAX_ENTRY_BYTES
+    entries = record.parameters.window if isinstance(header, NewView) else 1
     return entries * MAX_ENTRY_BYTES + (record.n + 1) * MAX_PER_MEMBER_BYTES
 
 
@@ -181,7 +186,9 @@ def _ordering(
             return Broken("form: COMMIT with no entry, or more than L")
         if any(entry.s2 > state.h + window for entry in header.entries):
             return Broken("R2: vote beyond h'+L")
-        return moved
+        if state.cited + len(header.entries) > 2 * window:
+            return Broken("form: more than 2L votes since the last STABLE or view message")
+        return replace(moved, cited=state.cited + len(header.entries))
     first, last = (header.s, header.s) if isinstance(header, Prepare) else (header.s1, header.s2)
     turn = proposers(record, header.g, state.blacklist, state.retired)
     if first > last or turn[first % len(turn)] != replica or turn[last % len(turn)] != replica:
@@ -241,4 +248,4 @@ def _new_view(
         return Held(f"NEW-VIEW({header.g}) of {owner} cannot be judged yet")
     if not sound:
         return Broken("form: NEW-VIEW does not recompute, or does not stand")
-    return replace(state, e=view.g, p=view.s_max, blacklist=view.blacklist, retired=view.retired, since=0)
+    return replace(state, e=view.g, p=view.s_max, blacklist=view.blacklist, retired=view.retired, since=0, cited=0)

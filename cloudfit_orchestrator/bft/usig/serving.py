@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator
 
-from cloudfit_orchestrator.bft.messages import MAX_FETCH, Frozen
+from cloudfit_orchestrator.bft.messages import MAX_FETCH, MAX_PEER_FRAME, Frozen
 from cloudfit_orchestrator.bft.serving import MAX_ANSWER
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
+from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
 from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, FetchNewView, LogProof, Prepare, StreamMessage
 from cloudfit_orchestrator.bft.usig.stream import Kept
+
+# Of a whole log: two windows of the longest streams that the judge lets pass are some 3 MiB; a frame's overhead is less
+# than the rest.
+MAX_LOG = MAX_PEER_FRAME * 3 // 4
 
 
 def with_batch(configuration: Configuration, kept: Kept) -> StreamMessage:
@@ -49,10 +54,13 @@ def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Froz
 def answer_view(configuration: Configuration, question: FetchNewView) -> Iterator[Frozen]:
     """The NEW-VIEW of a view, and the COMMITs of it: each, if it stands, proves that the NEW-VIEW does."""
     if configuration.record.c == question.c:
+        for vote in configuration.votes.of(WEDGE) if question.g == WEDGE else ():
+            if vote.log and vote.log[-1].cv == vote.name.cv:  # said, not made up for by an EPOCH-END
+                yield LogProof(vote.log)
         view = configuration.new_views.get(question.g)
         if view is not None:
             yield view.message
             for log in view.logs:
-                if sum(len(message.header) + len(message.payload) for message in log) <= MAX_ANSWER:
+                if sum(len(message.header) + len(message.payload) for message in log) <= MAX_LOG:
                     yield LogProof(log)
         yield from configuration.commits.get(question.g, {}).values()
