@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from cloudfit_orchestrator.cli.bench import bench_
+from cloudfit_orchestrator.cli.change import group_apply, group_plan, group_scale
 from cloudfit_orchestrator.cli.clients import Kv
 from cloudfit_orchestrator.cli.orphans import orphans_group, preflight
 from cloudfit_orchestrator.cli.output import (
@@ -24,7 +25,7 @@ from cloudfit_orchestrator.cli.output import (
     show_progress,
 )
 from cloudfit_orchestrator.controller import spec as spec_file
-from cloudfit_orchestrator.controller.apply import active_record, apply
+from cloudfit_orchestrator.controller.apply import active_record
 from cloudfit_orchestrator.controller.demo import Demo, print_summary
 from cloudfit_orchestrator.controller.destroy import destroy
 from cloudfit_orchestrator.controller.disks import disks
@@ -74,28 +75,8 @@ def group_() -> None:
     """Replica groups."""
 
 
-@group_.command("apply", epilog="Example: cloudfit group apply ledger.yaml")
-@click.argument("spec", type=click.Path(path_type=Path))
-@format_option
-@pass_session
-@guarded
-def group_apply(session: Session, spec: Path, form: str) -> None:
-    """Make the group be as SPEC says. Safe to repeat, and to interrupt."""
-    wanted = spec_file.read_spec(spec)
-    home = session.home
-    with session.context() as context, home.lock(f"group-{wanted.group}"):
-        for loss in wanted.not_tolerated:
-            context.report(Progress("apply", "warning", wanted.group, f"this spec does not tolerate {loss}"))
-        done = apply(context, wanted)
-    if form == "json":
-        members = [{"replica": m.replica, "incarnation": m.incarnation, "cloud": m.cloud} for m in done.members]
-        print_json({"group": done.group, "changed": done.changed, "c": done.c, "members": members})
-        return
-    what = "serves" if done.changed else "serves already, nothing to do"
-    click.echo(f"group {done.group} {what}: {len(done.members)} replicas, configuration {done.c}")
-
-
-group_.add_command(preflight)
+for command in (group_apply, group_plan, group_scale, preflight):
+    group_.add_command(command)
 
 
 @group_.command("list", epilog="Example: cloudfit group list -f json")

@@ -14,7 +14,7 @@ from cloudfit_orchestrator.controller.launch import Launched, ensure_network, la
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Agent, Context, Image, Progress
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
-from cloudfit_orchestrator.model.record import ConfigRecord, Member, check_confirmations, open_record
+from cloudfit_orchestrator.model.record import Client, ConfigRecord, Member, check_confirmations, open_record
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 
@@ -23,12 +23,16 @@ ADVERSARY_IMAGE = "adversary"
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What `apply` found or did."""
+    """What `apply` found or did. `outage_s`: how long a change kept clients waiting, from PREPARED to ACTIVE.
+    `left`: machines that are no members any more and could not be removed, as their clouds do not answer.
+    """
 
     group: str
     changed: bool
     c: int
     members: tuple[Member, ...]
+    outage_s: float | None = None
+    left: tuple[str, ...] = ()
 
 
 def image_of(context: Context, spec: GroupSpec, replica: str, pinned: str = "") -> Image:
@@ -52,14 +56,15 @@ def draft_record(
     c: int,
     members: tuple[Member, ...],
     previous: bytes,
+    clients: tuple[Client, ...] | None = None,
 ) -> ConfigRecord:
-    """The PREPARED record of configuration c."""
+    """The PREPARED record of configuration c. `clients` None: as in `base`, or those of this home."""
     return ConfigRecord(
         group=spec.group,
         c=c,
         base=base.c if base else None,
         members=members,
-        clients=base.clients if base else context.clients,
+        clients=clients or (base.clients if base else context.clients),
         service=spec.service,
         f=spec.f,
         k=spec.k,
@@ -71,12 +76,12 @@ def draft_record(
 
 
 def apply(context: Context, spec: GroupSpec) -> Applied:
-    """Make the group be as `spec` says. Raises RefusedError if it exists and differs."""
+    """Make the group, or find it made. RefusedError if it exists and differs: `change.ensure` changes it."""
     text, known = spec_file.to_json(spec), context.journal.group(spec.group)
     if known is not None and known.spec != text:
         raise RefusedError(
-            f"group {spec.group} exists with another spec; changing a group is not there yet",
-            next_command=f"cloudfit group show {spec.group}, or cloudfit group destroy {spec.group} first",
+            f"group {spec.group} exists with another spec",
+            next_command=f"finish it with its first spec, then change it; or cloudfit group destroy {spec.group} first",
         )
     if known is not None and known.state is GroupState.ACTIVE:
         return _unchanged(context, spec)
@@ -93,7 +98,7 @@ def apply(context: Context, spec: GroupSpec) -> Applied:
         context.journal.put_group(spec.group, GroupState.APPLYING, text)
     names = {replica: pin(image) for replica, image in images.items()}
     operation = context.journal.open_operation("apply", spec.group, "", {"images": names})
-    launched = _launch_all(context, operation, spec, images)
+    launched = launch_all(context, operation, spec, images)
     let_in(context, spec)
     seats = [seat(found, agent) for found, agent in launched]
     configurer = Configurer(
@@ -135,9 +140,10 @@ def active_record(context: Context, group: str) -> ConfigRecord:
     return record
 
 
-def _launch_all(
+def launch_all(
     context: Context, operation: Operation, spec: GroupSpec, images: dict[str, Image]
 ) -> list[tuple[Launched, Agent]]:
+    """All replicas of `spec`, admitted, with their agents; in the order of its placement."""
     used = [c for c in spec.clouds if spec.replicas_on(c.name)]
 
     def on_cloud(cloud: CloudSpec) -> list[tuple[Launched, Agent]]:

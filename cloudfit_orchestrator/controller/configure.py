@@ -10,7 +10,7 @@ number on the same base follows.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -57,13 +57,23 @@ Draft = Callable[[int, tuple[Member, ...], bytes], ConfigRecord]  # (c, members,
 class Configurer:
     """One reconfiguration of one group, under one operation."""
 
-    def __init__(self, context: Context, operation: Operation, seats: list[Seat], draft: Draft) -> None:
-        """`draft` makes the record from number, members and previous hash."""
+    def __init__(
+        self,
+        context: Context,
+        operation: Operation,
+        seats: list[Seat],
+        draft: Draft,
+        *,
+        leaving: Mapping[str, Agent] | None = None,
+    ) -> None:
+        """`draft` makes the record from number, members and previous hash. `leaving`: agents, by cloud, of members of
+        base that are none of the next configuration: they wedge too, and must hear that they are out.
+        """
         self._x = context
         self._op = operation
         self._seats = seats
         self._draft = draft
-        self._agents = {s.cloud: s.agent for s in seats if s.agent is not None}
+        self._agents = {**(leaving or {}), **{s.cloud: s.agent for s in seats if s.agent is not None}}
         self._verifier = Ed25519Verifier()
 
     def prepare(self) -> tuple[int, ConfigRecord]:
@@ -174,11 +184,14 @@ class Configurer:
         self._op.step(f"superseded/{attempt}", lambda _: {"why": why})
         self._say("prepare", f"attempt {attempt} is given up: {why}")
 
-    def run(self) -> ConfigRecord:
-        """All steps, with new attempts where one is superseded."""
+    def run(self, close: Callable[[], None] = lambda: None) -> ConfigRecord:
+        """All steps, with new attempts where one is superseded. `close` ends the epochs of those that leave: it comes
+        after the confirmations, so no vote of theirs is missed, and before ACTIVE, so none of their words lasts.
+        """
         for _ in range(MAX_ATTEMPTS):
             attempt, _record = self.prepare()
             self.confirm(attempt)
+            close()
             try:
                 record = self.activate(attempt)
             except RefusedError as error:

@@ -45,21 +45,16 @@ def destroy(context: Context, group: str, *, unprotect: bool = False) -> Destroy
         running.close({"why": "the group is destroyed"}, state="abandoned")
     context.journal.put_group(group, GroupState.DESTROYING)
     operation = context.journal.open_operation("destroy", group, "", {})
-    used = [c for c in spec.clouds if spec.replicas_on(c.name)]
-    shared = _clouds_of_others(context, group)
+    once = {m.cloud for m in context.journal.machines(group, gone=True)}  # a change may not have finished to clear one
+    used = [c for c in spec.clouds if spec.replicas_on(c.name) or c.name in once]
 
     def on_cloud(cloud: CloudSpec) -> tuple[int, int]:
         context.report(Progress("destroy", "cloud", f"{group}/{cloud.name}", f"clearing {cloud.name}"))
         _evict(context, group, cloud)
-        return _clear(context, group, cloud)
+        return clear(context, group, cloud)
 
     counts = each(context, used, on_cloud).values()
-    for cloud in used:  # one after the other: clouds on one host list each other's networks while they clear
-        if cloud.name not in shared:
-            context.check_cancelled()
-            context.sites.cloud(cloud).delete_network(context.journal.deployment, network_name(context, cloud.name))
-            context.journal.forget_network(cloud.name)
-            context.sites.stop_agent(cloud)
+    leave(context, group, used)
     for machine in context.journal.machines(group):
         context.journal.machine_gone(machine)
     context.store.archive(group)
@@ -67,6 +62,17 @@ def destroy(context: Context, group: str, *, unprotect: bool = False) -> Destroy
     context.journal.put_group(group, GroupState.GONE)
     operation.close({})
     return Destroyed(group, changed=True, machines=sum(m for m, _ in counts), snapshots=sum(s for _, s in counts))
+
+
+def leave(context: Context, group: str, clouds: list[CloudSpec]) -> None:
+    """The group has nothing in `clouds` any more: their networks and agents go, unless another group uses them."""
+    shared = _clouds_of_others(context, group)
+    for cloud in clouds:  # one after the other: clouds on one host list each other's networks while they clear
+        if cloud.name not in shared:
+            context.check_cancelled()
+            context.sites.cloud(cloud).delete_network(context.journal.deployment, network_name(context, cloud.name))
+            context.journal.forget_network(cloud.name)
+            context.sites.stop_agent(cloud)
 
 
 def _evict(context: Context, group: str, cloud: CloudSpec) -> None:
@@ -83,7 +89,8 @@ def _evict(context: Context, group: str, cloud: CloudSpec) -> None:
             agent.evict(GuestRef(group, m.replica, m.incarnation))
 
 
-def _clear(context: Context, group: str, cloud: CloudSpec) -> tuple[int, int]:
+def clear(context: Context, group: str, cloud: CloudSpec) -> tuple[int, int]:
+    """Destroy all that the group has in that cloud; how many machines and snapshots went."""
     driver, deployment = context.sites.cloud(cloud), context.journal.deployment
     # Several clouds may stand on one host and see each other's machines: each clears all but what is another's.
     foreign = {m.incarnation for m in context.journal.machines(group, gone=True) if m.cloud != cloud.name}

@@ -49,6 +49,7 @@ class GroupState(StrEnum):
 
     APPLYING = "applying"
     ACTIVE = "active"
+    CHANGING = "changing"  # its spec then names the clouds of before and after
     DESTROYING = "destroying"
     GONE = "gone"  # kept for its counters: an incarnation or configuration number is never used twice
 

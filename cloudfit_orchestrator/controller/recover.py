@@ -13,15 +13,16 @@ from cloudfit_orchestrator.clouds.base import DiskSnapshot, Machine, MachineStat
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.agents import GuestRef, NoEpochError, NotAdmittedError, Report
 from cloudfit_orchestrator.controller.apply import active_record, draft_record, pin, seat
-from cloudfit_orchestrator.controller.configure import Configurer, Seat
+from cloudfit_orchestrator.controller.configure import Configurer
 from cloudfit_orchestrator.controller.journal import Operation
 from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in, ownership
-from cloudfit_orchestrator.controller.parallel import each, watch
+from cloudfit_orchestrator.controller.parallel import watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
-from cloudfit_orchestrator.controller.survey import known_to, survey
+from cloudfit_orchestrator.controller.standing import Standing, record_of
+from cloudfit_orchestrator.controller.survey import survey
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, UnknownError
 from cloudfit_orchestrator.model.orders import Retire, seal_retire
-from cloudfit_orchestrator.model.record import ConfigRecord, Member, Status, open_record
+from cloudfit_orchestrator.model.record import ConfigRecord, Member
 from cloudfit_orchestrator.model.spec import GroupSpec
 from cloudfit_orchestrator.recovery.budget import Condition, check_budget
 from cloudfit_orchestrator.recovery.machine import ENDS, FIRST, Circumstances, Event, Stage, next_stage
@@ -87,7 +88,7 @@ class _Recovery:
         assert row is not None
         self._spec = spec_file.from_json(row.spec)
         self._replica = operation.subject
-        self._base, self._base_envelope = _record_of(context, operation.group, operation.arguments["base"])
+        self._base, self._base_envelope = record_of(context, operation.group, operation.arguments["base"])
         member = self._base.member(self._replica)
         assert member is not None
         self._old = member
@@ -95,7 +96,7 @@ class _Recovery:
         a = operation.arguments
         self._circumstances = Circumstances(a["lost"], a["suspected"], a["put_off_before"])
         self._launched: Launched | None = None
-        self._agents: dict[str, Agent | None] = {}
+        self._standing = Standing(context, "recover", operation.group, self._spec.clouds)
 
     def run(self) -> Recovered:
         acts: dict[Stage, Callable[[], dict[str, Any]]] = {
@@ -117,7 +118,7 @@ class _Recovery:
         stage, number = FIRST, 0
         while stage not in ENDS:
             number += 1
-            self._agents.clear()  # who answered in the last stage may be gone
+            self._standing.ask_again()  # who answered in the last stage may be gone
             self._x.check_cancelled()
             name = f"stage/{number:02d}/{stage.value}"
             if self._op.find(name) is None:
@@ -322,31 +323,11 @@ class _Recovery:
     def _own_agent(self) -> Agent:
         return self._x.sites.agent(self._cloud, start=True)
 
-    def _agent_of(self, member: Member) -> Agent | None:
-        """The agent of another member, if it answers and knows the member."""
-        if member.replica not in self._agents:
-            try:
-                agent = self._x.sites.agent(self._spec.cloud_of(member.replica), start=False)
-                known = known_to(agent.status(), self._op.group, member) is not None
-                self._agents[member.replica] = agent if known else None
-            except UnknownError:
-                self._agents[member.replica] = None
-        return self._agents[member.replica]
-
     def _others(self) -> list[Member]:
         return [m for m in self._base.members if m.replica != self._replica]
 
     def _tell_members(self, body: dict[str, Any], *, also_old: bool = False) -> None:
-        def tell(member: Member) -> None:
-            agent = self._agent_of(member)
-            if agent is None:
-                return
-            try:
-                agent.command(GuestRef(self._op.group, member.replica, member.incarnation), body)
-            except UnknownError as error:  # it is out already; the configuration that follows tells it the rest
-                self._say(body["op"], f"{member.replica} cannot be told: {error.fact}")
-
-        each(self._x, [*self._others(), *([self._old] if also_old else [])], tell)
+        self._standing.tell([*self._others(), *([self._old] if also_old else [])], body)
 
     def _stop_waiting(self) -> None:
         """No recovery machine will come: the learner takes everything from its peers."""
@@ -386,7 +367,7 @@ class _Recovery:
 
     def _configurer(self) -> Configurer:
         seats = [
-            seat(self._new(), self._own_agent()) if m.replica == self._replica else self._standing(m)
+            seat(self._new(), self._own_agent()) if m.replica == self._replica else self._standing.seat(m)
             for m in self._base.members
         ]
         return Configurer(
@@ -395,9 +376,6 @@ class _Recovery:
                 self._x, self._spec, self._base, c=c, members=members, previous=previous
             ),
         )  # fmt: skip
-
-    def _standing(self, m: Member) -> Seat:
-        return Seat(m.replica, m.incarnation, m.cloud, m.address, m.channel_ca, m.image, m.launch, self._agent_of(m))
 
     def _ref(self, launched: Launched) -> GuestRef:
         return GuestRef(launched.row.group, launched.row.replica, launched.row.incarnation)
@@ -437,15 +415,6 @@ class _Recovery:
 
     def _say(self, stage: str, message: str) -> None:
         self._x.report(Progress("recover", stage, f"{self._op.group}/{self._replica}", message))
-
-
-def _record_of(context: Context, group: str, c: int) -> tuple[ConfigRecord, bytes]:
-    """The ACTIVE record of configuration c, also if it is not the newest any more."""
-    for entry in reversed(context.store.log(group)):
-        record = open_record(entry.envelope, context.trusted)
-        if record.c == c and record.status is Status.ACTIVE:
-            return record, entry.envelope
-    raise PermanentError(f"group {group} never had an ACTIVE c={c}", next_command=f"cloudfit config log {group}")
 
 
 def _text(raw: bytes) -> str:

@@ -20,6 +20,8 @@ from cloudfit_orchestrator.model.record import MAX_MEMBERS, Algorithm, Parameter
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, OpenStackPlace, Recovery, Sizes
 
 API_VERSION = "cloudfit/v1"
+MIN_BATCH_BYTES = 4096  # room for one small request with its signature
+MAX_BATCH_BYTES = 4 << 20  # a batch and what is said about it must fit into a peer's frame of 8 MiB
 _DURATION = re.compile(r"(\d{1,6})([smhd])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -122,6 +124,21 @@ class _Machine(_Strict):
     state_mib: Annotated[int, Field(strict=True, ge=32, le=1 << 20)] = 256
 
 
+_Defaults = Parameters()
+
+
+class _Parameters(_Strict):
+    """What members agree on besides membership; each has a sound default."""
+
+    checkpoint_period: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = _Defaults.checkpoint_period
+    window: Annotated[int, Field(strict=True, ge=1, le=1 << 18)] = _Defaults.window
+    max_batch_requests: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = _Defaults.max_batch_requests
+    max_batch_bytes: Annotated[int, Field(strict=True, ge=MIN_BATCH_BYTES, le=MAX_BATCH_BYTES)] = (
+        _Defaults.max_batch_bytes
+    )
+    progress_timeout_ms: Annotated[int, Field(strict=True, ge=100, le=600_000)] = _Defaults.progress_timeout_ms
+
+
 class SpecFile(_Strict):
     """What may stand in a spec file."""
 
@@ -139,6 +156,7 @@ class SpecFile(_Strict):
     adversary: list[str] = []
     recovery: _Recovery = _Recovery()
     machine: _Machine = _Machine()
+    parameters: _Parameters = _Parameters()
     protect: bool = False
 
 
@@ -228,6 +246,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "placement": _Placement,
     "recovery": _Recovery,
     "machine": _Machine,
+    "parameters": _Parameters,
     "libvirt": _Libvirt,
     "process": _Process,
     "openstack": _OpenStack,
@@ -273,11 +292,14 @@ def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> 
         problems.append(Problem(*document.where(path), message, hint))
 
     _check_clouds(v.get("clouds", []), wrong)
+    p = v.get("parameters")
+    if p is not None and p.window < p.checkpoint_period:
+        hint = "4 * checkpoint_period leaves room"
+        wrong(("parameters", "window"), f"window {p.window} is below checkpoint_period {p.checkpoint_period}", hint)
     n = None
     if "f" in v and "k" in v and "replicas" in v:
-        needed, row = 2 * v["f"] + v["k"] + 1, "2f+k+1"
-        if v.get("algorithm") == Algorithm.PBFT:
-            needed, row = 3 * v["f"] + 2 * v["k"] + 1, "3f+2k+1"
+        row = "3f+2k+1" if v.get("algorithm") == Algorithm.PBFT else "2f+k+1"
+        needed = members_needed(v.get("algorithm", ""), v["f"], v["k"])
         n = needed if v["replicas"] is None else v["replicas"]
         if n < needed:
             where = ("replicas",)
@@ -356,14 +378,24 @@ def _check_adversary(v: dict[str, Any], n: int | None, wrong: Any) -> None:
 def place(n: int, f: int, clouds: list[str], limit: int) -> _Placed:
     """Round robin over `clouds`, at most `limit` on each; also what the placement does not tolerate, in words."""
     placement = tuple((f"r{i}", clouds[i % len(clouds)]) for i in range(n))
-    lost = []
     for cloud in clouds:
         here = sum(1 for _, c in placement if c == cloud)
         if here > limit:
             raise BadInputError(f"{here} replicas on cloud {cloud!r}, at most {limit} are allowed")
-        if here > f:
-            lost.append(f"the loss of cloud {cloud!r}: it holds {here} replicas, more than f={f}")
-    return _Placed(placement, tuple(lost))
+    return _Placed(placement, losses(placement, f, clouds))
+
+
+def losses(placement: tuple[tuple[str, str], ...], f: int, clouds: list[str]) -> tuple[str, ...]:
+    """What that placement does not tolerate, in words."""
+    counts = [(cloud, sum(1 for _, c in placement if c == cloud)) for cloud in clouds]
+    return tuple(
+        f"the loss of cloud {c!r}: it holds {here} replicas, more than f={f}" for c, here in counts if here > f
+    )
+
+
+def members_needed(algorithm: str, f: int, k: int) -> int:
+    """The fewest replicas for f and k (protocol §1)."""
+    return 3 * f + 2 * k + 1 if algorithm == Algorithm.PBFT else 2 * f + k + 1
 
 
 def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
@@ -386,6 +418,7 @@ def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
         ),
         protect=s.protect,
         sizes=Sizes(s.machine.memory_mib, s.machine.cpus, s.machine.state_mib),
+        parameters=Parameters(**s.parameters.model_dump()),
         not_tolerated=placed.not_tolerated,
     )
 
