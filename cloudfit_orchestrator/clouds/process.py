@@ -46,6 +46,7 @@ ISOLATES_NOTHING = (
     "WARNING: the process driver ISOLATES NOTHING. Replicas are processes of one user on one kernel: whoever takes "
     "over one has them all, and the wormhole with them. For benchmarks and tests only."
 )
+UNFINISHED = f".{'[0-9a-f]' * 32}.new"  # a file of ours; who wrote it died before it was in its place
 MARK = "CLOUDFIT_MACHINE"  # environment variable of every process of ours: its machine's directory
 SIGNAL_TIMEOUT_S = 10.0  # a signal takes effect in milliseconds, unless the process waits for a broken disk
 COPY_TIMEOUT_S = 300.0
@@ -181,7 +182,7 @@ class ProcessCloud(Cloud):
         directory = self._directory(owner)
         record = self._record(directory / "owner.json")
         if record is None:
-            if directory.exists() and any(directory.iterdir()):
+            if directory.exists() and any(not path.match(UNFINISHED) for path in directory.iterdir()):
                 raise RefusedError(f"directory {directory} does not carry the tags of {owner.name}: not touched")
             return None
         if Ownership.from_tags(record["tags"]).identity != owner.identity:
@@ -218,6 +219,8 @@ class ProcessCloud(Cloud):
             found = self._look(owner)
             if found is None:
                 directory.mkdir(parents=True, exist_ok=True)
+                for cut_off in directory.glob(UNFINISHED):
+                    cut_off.unlink()
                 module = [sys.executable, "-m", entry_module(spec)]
                 record = {
                     "tags": owner.tags(),

@@ -1,5 +1,9 @@
 """A group of real processes becomes another one, again and again, while a client goes on writing."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -157,5 +161,72 @@ def test_scale_grows_and_shrinks_by_name(home: Path) -> None:
         assert run(home, "group", "plan", str(spec)).returncode == 2, "the file says f: 1"
         assert len(as_json(run(home, "group", "apply", str(spec), "-f", "json"))["members"]) == 3
         assert run(home, "kv", "get", "ledger", "colour").stdout == "blue\n"
+    finally:
+        run(home, "group", "destroy", "ledger")
+
+
+def kill_at(home: Path, stage: str, *arguments: str) -> None:
+    """Run the command and kill -9 it as soon as it says that it reached `stage`."""
+    command = [sys.executable, "-m", "cloudfit_orchestrator.cli", *arguments]
+    environment = {**os.environ, "CLOUDFIT_HOME": str(home)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as p:
+        assert p.stderr is not None
+        seen = []
+        for line in p.stderr:
+            seen.append(line)
+            if json.loads(line)["stage"] == stage:
+                break
+        else:
+            raise AssertionError(f"it ended before {stage}: {seen}")
+        p.kill()
+
+
+def test_killed_for_good_in_each_stage_the_same_command_finishes_it(home: Path, context: Context) -> None:
+    spec = home / "ledger.yaml"
+    spec.write_text(text())
+    try:
+        as_json(run(home, "group", "apply", str(spec), "-f", "json"))
+        with Writer(context, home) as writer:
+            f = 1
+            for stage in ("create", "precopy", "prepare", "confirm", "activate", "ready"):
+                f = 3 - f if stage not in {"create", "precopy"} else 2
+                spec.write_text(text(f=f))
+                kill_at(home, stage, "group", "apply", str(spec))
+                if stage in {"create", "precopy"}:
+                    writer.goes_on()
+                done = as_json(run(home, "group", "apply", str(spec), "-f", "json"))
+                assert len(done["members"]) == 2 * f + 1, stage
+                writer.goes_on()
+                assert as_json(run(home, "orphans", "list", "-f", "json"))["orphans"] == [], stage
+                assert len(as_json(run(home, "group", "show", "ledger", "-f", "json"))["members"]) == 2 * f + 1, stage
+                if stage == "create":
+                    spec.write_text(text())
+                    as_json(run(home, "group", "apply", str(spec), "-f", "json"))
+        assert writer.failed is None
+    finally:
+        gone = as_json(run(home, "group", "destroy", "ledger", "-f", "json"))
+    assert gone["machines"] == 2 * f + 1
+
+
+def test_wedged_and_left_another_spec_goes_on_with_new_members(home: Path, context: Context) -> None:
+    spec = home / "ledger.yaml"
+    spec.write_text(text())
+    try:
+        as_json(run(home, "group", "apply", str(spec), "-f", "json"))
+        with Writer(context, home) as writer:
+            writer.goes_on()
+            spec.write_text(text(algorithm="minbft"))
+            kill_at(home, "prepare", "group", "apply", str(spec))
+            spec.write_text(text(f=2))
+            done = as_json(run(home, "group", "apply", str(spec), "-f", "json"))
+            assert (done["c"], len(done["members"])) == (3, 5), "c=2 was given up: its successor stands on c=1 too"
+            writer.goes_on()
+        assert writer.failed is None
+        log = as_json(run(home, "config", "log", "ledger", "-f", "json"))["records"]
+        assert [(r["c"], r["base"], r["status"]) for r in log[2:]] == [
+            (2, 1, "PREPARED"),
+            (3, 1, "PREPARED"),
+            (3, 1, "ACTIVE"),
+        ]
     finally:
         run(home, "group", "destroy", "ledger")

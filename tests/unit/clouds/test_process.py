@@ -156,6 +156,16 @@ def test_a_strangers_directory_is_refused_and_kept(cloud, tmp_path):
     shutil.rmtree(stranger)
 
 
+def test_a_creation_that_died_before_its_tags_were_in_place_is_done_again(cloud, tmp_path):
+    place = cloud._directory(owner())
+    place.mkdir(parents=True)
+    (place / f".{'0a' * 16}.new").write_text('{"tags": ')
+    assert cloud.find(owner()) is None
+    machine = cloud.create(spec(tmp_path))
+    assert say(machine, b"word") == b"WORD"
+    assert not list(place.glob(".*.new"))
+
+
 def test_it_says_loudly_that_it_isolates_nothing(cloud):
     assert cloud.facts().warning == ISOLATES_NOTHING
     assert not cloud.facts().isolated
