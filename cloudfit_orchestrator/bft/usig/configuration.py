@@ -248,8 +248,10 @@ class Configuration:
                 while self._step(stream, done):
                     moved = True
         self.citations.settle()
-        if any(stream.state.wedged and not self.votes.has(r, WEDGE) for r, stream in self.streams.items()):
-            self.wanted.views.add(WEDGE)  # its log was jumped over: whoever holds it can prove the vote
+        for replica, stream in self.streams.items():  # a vote whose log was jumped over: whoever holds it can prove it
+            target = WEDGE if stream.state.wedged else stream.state.v
+            if stream.state.v > stream.state.e and not self.votes.has(replica, target):
+                self.wanted.views.add(target)
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking

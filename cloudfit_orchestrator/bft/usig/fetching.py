@@ -80,6 +80,9 @@ class Fetching:
         cursor, since_s = self._stuck.get(replica, (-1, 0.0))
         if cursor != stream.cursor:
             self._stuck[replica] = (stream.cursor, self._out.now_s)
+        asked = self._asked.get(replica)
+        if replica_of(peer) != replica and (asked is None or asked[0] > message.stable.cv):
+            return
         if replica_of(peer) == replica or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
             self._configuration.offer_jump(message)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from cloudfit_orchestrator.bft.messages import MAX_FETCH, MAX_PEER_FRAME, Frozen
 from cloudfit_orchestrator.bft.serving import MAX_ANSWER
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
-from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
+from cloudfit_orchestrator.bft.usig.merge import Vote
 from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, FetchNewView, LogProof, Prepare, StreamMessage
 from cloudfit_orchestrator.bft.usig.stream import Kept
 
@@ -51,16 +51,21 @@ def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Froz
         yield message
 
 
+def _is_said(vote: Vote) -> bool:
+    """Not made up for by an EPOCH-END: its log ends with it."""
+    return bool(vote.log) and vote.log[-1].cv == vote.name.cv
+
+
 def answer_view(configuration: Configuration, question: FetchNewView) -> Iterator[Frozen]:
-    """The NEW-VIEW of a view, and the COMMITs of it: each, if it stands, proves that the NEW-VIEW does."""
+    """The NEW-VIEW of a view, the logs of its VIEW-CHANGEs, and the COMMITs of it: each, if it stands, proves that the
+    NEW-VIEW does. Of a view without one, or of the wedge (g = WEDGE), the logs of all votes that are here.
+    """
     if configuration.record.c == question.c:
-        for vote in configuration.votes.of(WEDGE) if question.g == WEDGE else ():
-            if vote.log and vote.log[-1].cv == vote.name.cv:  # said, not made up for by an EPOCH-END
-                yield LogProof(vote.log)
         view = configuration.new_views.get(question.g)
         if view is not None:
             yield view.message
-            for log in view.logs:
-                if sum(len(message.header) + len(message.payload) for message in log) <= MAX_LOG:
-                    yield LogProof(log)
+        votes = configuration.votes.of(question.g)
+        for log in view.logs if view is not None and view.logs else [vote.log for vote in votes if _is_said(vote)]:
+            if sum(len(message.header) + len(message.payload) for message in log) <= MAX_LOG:
+                yield LogProof(log)
         yield from configuration.commits.get(question.g, {}).values()
