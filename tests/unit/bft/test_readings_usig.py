@@ -1,7 +1,7 @@
 """Executions with which readers broke the engines over a USIG: each property did not hold once, for the reason told."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -10,7 +10,7 @@ from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.clients import ClientWindow
 from cloudfit_orchestrator.bft.effects import Append, Certify, Effect, EndEpoch, Rewrite, Sign
 from cloudfit_orchestrator.bft.journal import LogBatch
-from cloudfit_orchestrator.bft.messages import BatchMessage, FetchBatches, Named, Replies, decode_client
+from cloudfit_orchestrator.bft.messages import BatchMessage, FetchBatches, Frozen, Named, Replies, decode_client
 from cloudfit_orchestrator.bft.serving import MAX_ANSWER
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
@@ -22,6 +22,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     FetchNewView,
     LogProof,
     Prepare,
+    Stable,
     StreamMessage,
     decode_header,
 )
@@ -31,6 +32,7 @@ from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import WEDGE, House
 from tests.unit.bft.machine import Machine
 
+Say = Callable[[House, str], StreamMessage]
 PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
 
 
@@ -168,18 +170,23 @@ def test_the_longest_log_of_a_vote_is_handed_on():
     assert r0.streams["r1"].cursor >= view.cv
 
 
-def test_a_wedge_whose_log_was_jumped_over_is_proved_by_who_holds_it():
-    """Logs were handed on for NEW-VIEWs only: a wedge that was jumped over never counted, and S was never computed."""
+@pytest.mark.parametrize(
+    ("target", "say"), [(WEDGE, House.wedge), (1, lambda house, who: house.view_change(who, 1))], ids=["wedge", "view"]
+)
+def test_a_vote_whose_log_was_jumped_over_is_proved_by_who_holds_it(target: int, say: Say):
+    """Logs were handed on for NEW-VIEWs only: wedges and VIEW-CHANGEs that were jumped over never counted, so neither S
+    nor a NEW-VIEW was ever computed.
+    """
     house = House(3, period=1, window=4)
     settled(house)
     anchor, attested = house.stable("r2", 1), house.stable("r1", 1)
-    wedge = house.wedge("r2")
+    vote = say(house, "r2")
     r0, r1 = jumped(house, anchor, attested), house.full_judge()
-    house.tell(r0, [wedge])
-    assert [vote.name.replica for vote in r1.votes.of(WEDGE)] == ["r2"]
-    assert not r0.votes.of(WEDGE)
+    house.tell(r0, [vote])
+    assert [found.name.replica for found in r1.votes.of(target)] == ["r2"]
+    assert not r0.votes.of(target)
     assert answer_all(r0, r1)
-    assert [vote.name.replica for vote in r0.votes.of(WEDGE)] == ["r2"]
+    assert [found.name.replica for found in r0.votes.of(target)] == ["r2"]
 
 
 @pytest.mark.parametrize("told", [0, 2])
@@ -207,6 +214,73 @@ def test_no_peer_makes_a_member_jump_over_a_log_that_it_holds(told: int):
     assert [named.replica for named in ordering.wedges()] == ["r0", "r1"]
     last = (house.streams["r0"][-1], house.streams["r1"][-1])
     assert ordering.final([Named(word.replica, word.cv, word.digest) for word in last]) is not None
+
+
+class Pair:
+    """The correct r0 and r1 of three. What they say in their streams while `slow` arrives with `catch_up`."""
+
+    def __init__(self, house: House) -> None:
+        self.members = {name: Machine(house, name) for name in ("r0", "r1")}
+        self.slow = False
+        self.late: list[tuple[str, str, StreamMessage]] = []
+
+    def ticks(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.05)):
+            for member in self.members.values():
+                member.ticks(0.05)
+            self.exchange()
+
+    def exchange(self) -> None:
+        for _ in range(6):
+            for name, member in self.members.items():
+                out, member.sent = member.sent, []
+                for peer, message in out:
+                    to = peer.split("#")[0]
+                    if to in self.members and self.slow and isinstance(message, StreamMessage):
+                        self.late.append((name, to, message))
+                    elif to in self.members:
+                        self.hear(name, to, message)
+
+    def hear(self, sender: str, to: str, message: Frozen) -> None:
+        self.members[to].hear(message, sender=f"{sender}#{int(sender[1]) + 1}", batches=False)
+
+    def catch_up(self) -> None:
+        self.slow = False
+        for sender, to, message in self.late:
+            self.hear(sender, to, message)
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_no_peer_makes_two_members_deaf_to_each_other(*, lies: bool):
+    """Two DISCARDED frames to each, while a COMMIT and a STABLE were under way: each threw the other's log away, and
+    counted no VIEW-CHANGE of it; with the faulty one silent the group stopped for good, under a perfect network.
+    """
+    house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
+    pair = Pair(house)
+    pair.members["r1"].client(house.bundle([(1, add(1))]))  # slot 1 is r1's
+    pair.exchange()
+    pair.ticks(0.2)
+    pair.slow = True
+    second = house.prepare("r2", 0, 2)
+    for member in pair.members.values():
+        member.hear(second, sender="r2#3")  # decided with the own COMMIT
+    pair.ticks(0.2)
+    stables = {
+        r: [m for m in house.streams[r] if isinstance(decode_header(m.header), Stable)][-1] for r in ("r0", "r1")
+    }
+    real = decode_header(stables["r0"].header)
+    attested = house.stable("r2", real.h, digest=real.digest, certificate=real.certificate)
+    for wait in (0.7, 0):
+        for member, other in (("r0", "r1"), ("r1", "r0")) if lies else ():
+            pair.members[member].hear(Discarded(stables[other], (attested,)), sender="r2#3")
+        pair.ticks(wait)
+    pair.catch_up()  # from here on r2 is silent, and the network good
+    for number in range(2, 8):
+        bundle = house.bundle([(number, add(1))])
+        for member in pair.members.values():
+            member.client(bundle)
+        pair.ticks(5)
+    assert all(member.core.status["slot"] >= 6 for member in pair.members.values())
 
 
 # ----- the client table
