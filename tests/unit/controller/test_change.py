@@ -73,7 +73,11 @@ def test_it_shrinks_and_machines_go_only_after_active(bench: Bench) -> None:
 
 def test_a_replica_moves_when_its_cloud_is_not_named_any_more(bench: Bench) -> None:
     before = {m.replica: m for m in bench.check_serving()}
+    bench.world.log.clear()
     ensure(bench.process(), spec(MOVED))
+    assert bench.world.log.count("agent ulm install") == 2, (
+        "who leaves wedges with the others, and hears that it is out"
+    )
     after = {m.replica: m for m in bench.check_serving()}
     assert [after[r].cloud for r in ("r0", "r1", "r2")] == ["lisbon", "passau", "graz"]
     assert after["r2"].incarnation > before["r2"].incarnation
@@ -230,6 +234,7 @@ def test_new_machines_that_never_catch_up_wedge_nothing(bench: Bench, monkeypatc
         recover(bench.process(), "ledger", "r0")
     ensure(bench.process(), spec())
     assert len(bench.check_serving()) == 3
+    assert not any(g.learners for r in ("r0", "r1", "r2") for g in bench.world.guest("ledger", r)), "forgotten again"
 
 
 def test_unconfirmed_after_the_wedge_another_record_on_the_same_base_follows(
@@ -261,6 +266,15 @@ def test_too_many_out_is_refused_before_anything_is_made(bench: Bench) -> None:
     with pytest.raises(RefusedError, match=r"2 of 3 replicas of ledger are out \(r1, r2\)"):
         ensure(bench.process(), spec(MINBFT))
     assert len(bench.world.machines()) == 3
+    assert bench.process().journal.open_of("ledger") is None
+
+
+def test_a_smaller_group_does_not_begin_with_more_than_f_out(bench: Bench) -> None:
+    ensure(bench.process(), spec(MORE))
+    bench.world.clouds["ulm"].reachable = False
+    bench.world.clouds["passau"].reachable = False
+    with pytest.raises(RefusedError, match="r1, r2 would be out from the start, f=1 allows 1 of 3"):
+        ensure(bench.process(), spec())
     assert bench.process().journal.open_of("ledger") is None
 
 
