@@ -206,12 +206,8 @@ def unsigned_bundles() -> None:
 
 
 def replies_of_f() -> None:
-    real = voting.Votes._count
-
-    def count(self: Any, record: ConfigRecord, *rest: Any) -> Any:
-        return real(self, replace(record, f=record.f - 1), *rest)
-
-    voting.Votes._count = count  # type: ignore[method-assign]
+    real = voting.Votes.learn
+    voting.Votes.learn = lambda self, record: real(self, replace(record, f=record.f - 1))  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------- execution, restart, the voice

@@ -15,7 +15,7 @@ from cloudfit_orchestrator.model.errors import BadError, BadInputError, Temporar
 from cloudfit_orchestrator.model.record import seal_record
 from cloudfit_orchestrator.model.signing import public_bytes
 from tests.unit.gateway.cluster import Cluster
-from tests.unit.guest.helpers import scenario
+from tests.unit.guest.helpers import scenario, until
 
 group_scenario = partial(scenario, deadline_s=120)
 
@@ -47,6 +47,8 @@ async def test_a_near_replica_that_lets_a_request_wait_is_not_asked_first_for_a_
     async with Cluster() as cluster, cluster.client(near="r2") as client:
         kv = KvClient(client, timeout_s=30)
         await kv.put(b"k", b"0")
+        await until(lambda: client._diallers["r2"].connected)
+        client._near = "r2"  # it may have been slow to begin
         stopped = cluster.processes[cluster.name("r2", 3)]
         stopped.send_signal(signal.SIGSTOP)
         try:
