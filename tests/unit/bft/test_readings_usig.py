@@ -19,6 +19,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
     Entry,
+    Fetch,
     FetchNewView,
     LogProof,
     Prepare,
@@ -214,6 +215,33 @@ def test_no_peer_makes_a_member_jump_over_a_log_that_it_holds(told: int):
     assert [named.replica for named in ordering.wedges()] == ["r0", "r1"]
     last = (house.streams["r0"][-1], house.streams["r1"][-1])
     assert ordering.final([Named(word.replica, word.cv, word.digest) for word in last]) is not None
+
+
+def test_that_a_log_is_discarded_is_believed_of_who_was_asked_only():
+    """A peer that nobody had asked was believed after a while, though what it called discarded was on its way."""
+    house = House(3, period=1, window=4, parameters=PATIENT)
+    machine = Machine(house, "r0")
+    machine.hear(house.prepare("r1", 0, 1))
+    machine.ticks(0.2)
+    digest = machine.core._at.execution.digests[1]
+    truth = {"digest": digest, "certificate": house.checkpoint(1, digest)}
+    house.commit("r1", house.prepare("r2", 0, 2))
+    stable = house.stable("r1", 1, **truth)
+    attested = house.stable("r2", 1, **truth)
+    stream = machine.core._at.ordering.configuration.streams["r1"]
+
+    def told() -> None:
+        for _ in range(2):
+            machine.hear(Discarded(stable, (attested,)), sender="r2#3")
+            machine.ticks(0.7)
+
+    told()
+    assert stream.base == 0
+    machine.hear(stable)  # now the COMMIT ahead of it is missing, and asked for
+    machine.ticks(2)
+    assert any(isinstance(message, Fetch) and message.replica == "r1" for _, message in machine.sent)
+    told()
+    assert stream.base == stable.cv - 1
 
 
 class Pair:
