@@ -38,6 +38,14 @@ class Batches:
             self._held[digest] = _Held(data, self.checker.valid(data), -1)
             self._loose[digest] = None
 
+    def restored(self, slot: int) -> None:
+        """The own log has been read: what no entry names may still be voted for in slots up to `slot`, and is kept
+        until these are settled.
+        """
+        for digest in self._loose:
+            self._held[digest].slot = slot
+        self._loose.clear()
+
     def name(self, digest: bytes, slot: int) -> bool:
         """A proposal names the batch for `slot`. False if it is not held."""
         held = self._held.get(digest)

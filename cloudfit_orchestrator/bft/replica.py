@@ -125,7 +125,9 @@ class Replica:
         self._advance()
         self._out.replaying = False
         if self._at.ordering is not None:
-            self._at.ordering.restored()
+            ordering = self._at.ordering
+            ordering.batches.restored(self._at.execution.slot + 2 * ordering.record.parameters.window)
+            ordering.restored()
         for c, slot in sorted(self._at.execution.snapshots.keys() - self._at.saved):
             self._save(c, slot)
 

@@ -280,6 +280,8 @@ class PbftOrdering(Ordering):
     def advance(self) -> None:
         """See `Ordering`."""
         self.changes.begin()
+        if self.voice is not None:
+            self.voice.name_votes()
         for change, body in self.changes.new_views():
             if body.g <= self.e or (self.voice is not None and body.g < self.voice.v):
                 continue

@@ -123,6 +123,7 @@ class Voice:
             for change in entry.votes:
                 self._of.changes.add(change, trusted=True)
             self._new_views[body.g] = entry.body
+            self.name_votes()
             return
         self._body, self.change = entry.body, None
         if body.target == WEDGE:
@@ -263,6 +264,13 @@ class Voice:
             self._new_views[g] = body
             self._out.journal(LogOwn(self._c, body, found[0]))
             self._sign_new_view(g, body)
+
+    def name_votes(self) -> None:
+        """Hold what own NEW-VIEWs name, signed or not: nobody else may have it."""
+        for g, body in self._new_views.items():
+            view = decode_body(body)
+            if isinstance(view, NewView):
+                self._of.changes.named(view.view_changes, g)
 
     def _sign_new_view(self, g: int, body: bytes) -> None:
         self._signer.ask(change_statement(body), partial(self._new_view_signed, g, body))

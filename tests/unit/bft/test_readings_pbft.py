@@ -8,7 +8,7 @@ import pytest
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch, split_batch
 from cloudfit_orchestrator.bft.checkpoints import Certificate
-from cloudfit_orchestrator.bft.effects import Effect, SaveSnapshot
+from cloudfit_orchestrator.bft.effects import Effect, SaveSnapshot, Sign
 from cloudfit_orchestrator.bft.messages import (
     Chunk,
     Named,
@@ -31,7 +31,7 @@ from cloudfit_orchestrator.bft.pbft.messages import (
 )
 from cloudfit_orchestrator.bft.store import Snapshot
 from tests.conformance.group import Group, Node
-from tests.unit.bft.test_pbft import EMPTY, batch, change, group_of, node, ordering, tell, vote
+from tests.unit.bft.test_pbft import EMPTY, batch, change, group_of, node, ordering, tell, view_change, vote
 
 decode = peer_decoder(MESSAGES)
 
@@ -140,6 +140,26 @@ def test_views_far_ahead_push_no_real_one_out():
             tell(group, r, change(group, "r0", NewView("r0", g, names)))
     group.submit()
     assert group.settle(lambda: all(n.operations == group.issued for n in group.correct), 30)
+
+
+def test_a_leader_holds_what_its_unsigned_new_view_names():
+    """Until its NEW-VIEW was signed a leader let go of a VIEW-CHANGE named there once its faulty sender asked for a
+    later view: nobody else had it, so each view of a correct leader was lost.
+    """
+    group = group_of()
+    r1 = ordering(group, "r1")
+    r1.suspect()
+    node(group, "r1").run()
+    sign = hold(node(group, "r1"), Sign)  # from here on signatures take their time
+    named = view_change(group, "r0", 1)  # nobody else hears it
+    tell(group, "r1", view_change(group, "r2", 1), sender="r2#3")
+    tell(group, "r1", named)
+    assert 1 in r1.voice._new_views
+    group.tick()
+    tell(group, "r1", view_change(group, "r0", 5))
+    assert r1.changes.by_name(change_statement(named.body)) == named
+    sign()
+    assert group.settle(lambda: all(ordering(group, r).e == 1 for r in ("r1", "r2", "r3")), 5)
 
 
 def certificates(group: Group, *slots: int) -> Iterator[Prepared]:
