@@ -19,7 +19,8 @@ from cloudfit_orchestrator.controller.agents import GuestRef, Report
 from cloudfit_orchestrator.controller.journal import Operation
 from cloudfit_orchestrator.controller.parallel import each, watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
-from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
+from cloudfit_orchestrator.controller.survey import known_to
+from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, UnknownError
 from cloudfit_orchestrator.model.record import (
     ConfigRecord,
     Confirmation,
@@ -161,7 +162,7 @@ class Configurer:
     def ready(self, attempt: int) -> None:
         """Wait until every member that can be reached serves in the new configuration."""
         record = self._prepared(attempt)
-        missing = {s.replica: s.incarnation for s in self._seats if s.agent is not None}
+        missing: dict[str, int] = {}
 
         def handle(report: Report) -> bool:
             who = report.guest
@@ -171,6 +172,7 @@ class Configurer:
             return not missing
 
         def collect(_: dict[str, object]) -> None:
+            missing.update({s.replica: s.incarnation for s in self._seats if self._can_serve(s, record.c)})
             watch(
                 self._x, self._agents, record.group, handle, timeout_s=READY_TIMEOUT_S,
                 waiting_for=lambda: f"{', '.join(missing)} to be ready in c={record.c}",
@@ -178,6 +180,15 @@ class Configurer:
 
         self._op.step(f"ready/{attempt}", collect)
         self._say("ready", f"all members serve in c={record.c}")
+
+    def _can_serve(self, seat: Seat, c: int) -> bool:
+        """Its machine is there and its agent holds the keys of c: who lacks one is out until it is recovered."""
+        try:
+            guest = known_to(seat.agent.status(), self._op.group, seat) if seat.agent is not None else None
+        except UnknownError:
+            self._x.check_cancelled()
+            return False
+        return guest is not None and guest["connected"] and any(e["c"] == c for e in guest["epochs"])
 
     def supersede(self, attempt: int, why: str) -> None:
         """Give this attempt up for good."""

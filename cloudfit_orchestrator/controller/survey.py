@@ -1,14 +1,14 @@
 """What is seen of a group, on three axes that are never mixed: cloud object, reachability, verification."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from cloudfit_orchestrator.controller.journal import MachineRow
 from cloudfit_orchestrator.controller.launch import ownership
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Context
 from cloudfit_orchestrator.model.errors import CloudfitError, UnknownError
-from cloudfit_orchestrator.model.record import ConfigRecord, Member
+from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 from cloudfit_orchestrator.recovery.budget import Condition
 
@@ -29,7 +29,17 @@ class Seen:
     counters: dict[str, int] = field(default_factory=dict)
 
 
-def known_to(status: dict[str, Any], group: str, member: Member | MachineRow) -> dict[str, Any] | None:
+class Incarnation(Protocol):
+    """A member, a machine, or who is to be one."""
+
+    @property
+    def replica(self) -> str: ...
+
+    @property
+    def incarnation(self) -> int: ...
+
+
+def known_to(status: dict[str, Any], group: str, member: Incarnation) -> dict[str, Any] | None:
     """The agent's entry for that guest, or None."""
     wanted = (group, member.replica, member.incarnation)
     guests: list[dict[str, Any]] = status["guests"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from cloudfit_orchestrator.cli.clients import Kv
 from cloudfit_orchestrator.controller.home import Home
 from cloudfit_orchestrator.controller.local import LocalSites, open_context
 from cloudfit_orchestrator.controller.ports import Context
+from cloudfit_orchestrator.controller.spec import read_spec
 from tests.unit.cli.test_cli import as_json, home, run
 
 __all__ = ["home"]
@@ -228,5 +230,25 @@ def test_wedged_and_left_another_spec_goes_on_with_new_members(home: Path, conte
             (3, 1, "PREPARED"),
             (3, 1, "ACTIVE"),
         ]
+    finally:
+        run(home, "group", "destroy", "ledger")
+
+
+def test_with_a_dead_replica_the_group_still_grows_and_recovers_it_then(home: Path, context: Context) -> None:
+    spec = home / "ledger.yaml"
+    spec.write_text(text())
+    try:
+        as_json(run(home, "group", "apply", str(spec), "-f", "json"))
+        assert run(home, "kv", "put", "ledger", "colour", "blue").returncode == 0
+        machines = context.sites.cloud(read_spec(spec).cloud_of("r1")).machines(context.journal.deployment)
+        os.kill(next(m.reference["pid"] for m in machines if m.owner.replica == "r1"), signal.SIGKILL)
+        spec.write_text(text(f=2))
+        assert len(as_json(run(home, "group", "apply", str(spec), "-f", "json"))["members"]) == 5
+        assert run(home, "kv", "put", "ledger", "shape", "round").returncode == 0
+        assert as_json(run(home, "recovery", "start", "ledger", "r1", "-f", "json"))["outcome"] == "done"
+        assert run(home, "kv", "get", "ledger", "colour").stdout == "blue\n"
+        assert run(home, "kv", "get", "ledger", "shape").stdout == "round\n"
+        shown = as_json(run(home, "group", "show", "ledger", "-f", "json"))
+        assert {(m["machine"], m["epoch"]) for m in shown["members"]} == {("running", "open")}
     finally:
         run(home, "group", "destroy", "ledger")

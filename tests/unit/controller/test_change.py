@@ -269,6 +269,15 @@ def test_too_many_out_is_refused_before_anything_is_made(bench: Bench) -> None:
     assert bench.process().journal.open_of("ledger") is None
 
 
+def test_a_member_whose_machine_died_stays_a_member_and_is_not_waited_for(bench: Bench) -> None:
+    dead = next(m for m in bench.world.machines() if m.owner.replica == "r1")
+    bench.world.clouds["passau"].destroy(dead)
+    done = ensure(bench.process(), spec(MORE))
+    assert (done.c, len(done.members)) == (2, 5)
+    assert recover(bench.process(), "ledger", "r1").outcome == "done"
+    assert len(bench.check_serving()) == 5
+
+
 def test_a_smaller_group_does_not_begin_with_more_than_f_out(bench: Bench) -> None:
     ensure(bench.process(), spec(MORE))
     bench.world.clouds["ulm"].reachable = False
