@@ -25,7 +25,7 @@ RETRY_S = 2.0  # a source that has not answered by then is asked again, or anoth
 EXPORTER_SILENT = 3  # chunk questions in a row that an exporter left open: peers are asked for all of it from then on
 EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
 INDEX_RETRY_S = 0.5
-STALLED_S = 2.0
+STALLED_S = 2 * RETRY_S  # so that a silent source's share has been asked of another by then
 PARALLEL = 16  # chunks asked of one peer at once; they may be large
 
 
@@ -77,7 +77,9 @@ class Transfer:
         self._index_asked_s = -1e9
         self._turn = 0
         self._exporter_tries: Counter[str] = Counter()
-        self._silent: Counter[str] = Counter()  # questions for chunks in a row that a source left open
+        # Questions for chunks in a row that a source left open. A state that changes all the time is replaced by a
+        # newer one again and again: each time to wait for the same dead peer would never come to an end.
+        self.silent: Counter[str] = Counter(before.silent) if before is not None else Counter()
         self._exporter_knows: set[str] = set()  # exporters whose index has come
         self._exporter_asked_s: dict[str, float] = {}
 
@@ -115,7 +117,7 @@ class Transfer:
         for source, (when, indices) in list(self._asked.items()):
             if now_s - when >= RETRY_S:
                 del self._asked[source]
-                self._silent[source] += 1
+                self.silent[source] += 1
             else:
                 outstanding |= indices
         lacking = [i for i in range(BUCKETS) if i not in self.chunks and i not in outstanding]
@@ -126,7 +128,7 @@ class Transfer:
                     self._ask_index(source, now_s)
                     from_disk.update(lacking)
                 continue
-            if self._silent[source] >= EXPORTER_SILENT:
+            if self.silent[source] >= EXPORTER_SILENT:
                 continue
             wanted = [i for i in lacking if i not in self._refused.get(source, ())]
             from_disk.update(wanted)
@@ -134,10 +136,13 @@ class Transfer:
         rest = [i for i in lacking if i not in from_disk]
         if not rest:
             return
+        speaking = [peer for peer in peers if not self.silent[peer]] or peers
+        if len(speaking) < len(peers) and any(all(i in self._refused.get(p, ()) for p in speaking) for i in rest):
+            speaking = peers  # those that speak have not got it
         self._turn += 1  # with each question, not with time: no chunk depends on one silent peer
-        turn = self._turn % len(peers)
-        for position, source in enumerate(peers[turn:] + peers[:turn]):
-            share = [i for i in rest if i not in self._refused.get(source, ())][position :: len(peers)]
+        turn = self._turn % len(speaking)
+        for position, source in enumerate(speaking[turn:] + speaking[:turn]):
+            share = [i for i in rest if i not in self._refused.get(source, ())][position :: len(speaking)]
             self._ask(source, share, PARALLEL, now_s)
 
     def _ask_index(self, exporter: str, now_s: float) -> None:
@@ -189,7 +194,7 @@ class Transfer:
         asked = self._asked.get(source)
         if asked is None or index not in asked[1]:
             return None
-        self._silent[source] = 0
+        self.silent[source] = 0
         asked[1].discard(index)
         self._asked[source] = (now_s, asked[1])
         if not asked[1]:

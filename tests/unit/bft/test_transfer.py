@@ -190,6 +190,31 @@ def test_a_transfer_goes_on_from_the_chunks_of_the_one_it_replaces() -> None:
     assert second.result() == WANTED
 
 
+def test_a_dead_peer_is_waited_for_once_even_if_newer_states_replace_older_ones() -> None:
+    site = Site()
+    site.sources = dict.fromkeys(PEERS[:2], honest())
+    site.run()
+    assert not any(site.transfer.stalled(t) for t in (site.now_s, site.now_s + RETRY_S)), "its share went to others"
+    asked = len(site.queries(PEERS[2]))
+    assert 0 < asked < 20, "one question"
+    site.transfer = Transfer(128, WANTED.root, EMPTY, site.transfer._send, site.transfer)
+    site.transfer._known = {}  # everything has changed
+    began = site.now_s
+    site.run()
+    assert len(site.queries(PEERS[2])) == asked, "not asked again while others answer"
+    assert site.now_s - began < BUCKETS / 32 * RETRY_S
+
+
+def test_what_those_that_speak_have_not_got_is_asked_of_the_silent_too() -> None:
+    site = Site()
+    site.sources = dict.fromkeys(PEERS[:2], honest(missing=(5,)))
+    with pytest.raises(AssertionError, match="does not end"):
+        site.run(80)
+    site.sources[PEERS[2]] = honest()
+    site.run()
+    assert site.transfer.result() == WANTED
+
+
 def test_a_transfer_without_news_is_stalled() -> None:
     site = Site()
     site.transfer.tick(1.0, PEERS, [])
