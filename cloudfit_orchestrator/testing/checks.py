@@ -65,7 +65,7 @@ class Checks:
         """Agreement: correct replicas sign the same checkpoint and decision for the same slot."""
         if isinstance(effect, Send):
             return
-        self.observer.watch(id(machine), effect)
+        self.observer.watch(machine.name, effect)
         if not machine.correct:
             return
         if isinstance(effect, Append) and (branch := _BRANCHES.get(effect.record[1])):

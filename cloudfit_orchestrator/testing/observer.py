@@ -63,7 +63,7 @@ class Observer:
         self._bodies: dict[bytes, tuple[bytes, bytes]] = {}  # digest -> (header, payload)
         self._batches: dict[bytes, bytes] = {}
         self._records_seen: set[bytes] = set()
-        self._last_append: dict[int, bytes] = {}  # machine -> its last log record
+        self._last_append: dict[str, bytes] = {}  # machine -> its last log record
         self._unknown: set[str] = set()  # replicas of whose streams a certified body is not known
         self._asked = 0  # the highest view that a correct replica has asked for
         self._changes: list[tuple[str, int]] = []  # (replica, target) of VIEW-CHANGEs that were not looked at yet
@@ -81,7 +81,7 @@ class Observer:
         self._asked = 0
         self._changes.clear()
 
-    def watch(self, machine: int, effect: Effect) -> None:
+    def watch(self, machine: str, effect: Effect) -> None:
         """Effects of all cores: bodies and batches go to the log before they are certified."""
         if isinstance(effect, Append):
             self._last_append[machine] = effect.record
