@@ -240,7 +240,7 @@ def check(setting: Setting, directory: Path) -> Result:
         states=int(number(r"(\d+) states, stored", report)),
         seconds=number(r"elapsed time ([\d.e+-]+) seconds", report),
         memory_mib=number(r"([\d.]+)\s+total actual memory usage", report),
-        # spin warns where the clock's grain makes the model look newer than its trail; what it says after the trail goes
+        # Spin warns first where a coarse clock makes the model look newer than its trail; what it says at the end goes.
         trail=re.split("^spin: (?!warning)", trail, maxsplit=1, flags=re.MULTILINE)[0],
     )
 
