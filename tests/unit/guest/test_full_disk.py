@@ -8,6 +8,7 @@ import resource
 from functools import partial
 
 from cloudfit_orchestrator.bft.effects import Append
+from cloudfit_orchestrator.bft.usig.journal import LogBody, LogMessage, decode_entry
 from cloudfit_orchestrator.gateway.kv import KvClient
 from cloudfit_orchestrator.guest import durable as durable_module
 from cloudfit_orchestrator.guest.durable import MAX_WAITING_SIGNS, Durable
@@ -32,6 +33,25 @@ def said(cluster: Cluster, replica: str) -> list[str]:
 
 def counter(cluster: Cluster, replica: str, incarnation: int) -> int:
     return cluster.agent.table.get(Identity(GROUP, replica, incarnation)).epochs[1].cv
+
+
+def settled(cluster: Cluster) -> bool:
+    """No UI is under way: each member has logged what all others have certified, and has asked for none beyond it."""
+    members = {f"r{i}": i + 1 for i in range(cluster.n)}
+    certified = {replica: counter(cluster, replica, incarnation) for replica, incarnation in members.items()}
+    for me, incarnation in members.items():
+        log = WriteAheadLog(cluster.home / f"{me}-{incarnation}.state" / "wal", read_only=True)
+        logged = dict.fromkeys(members, 0)
+        for record in log.records():
+            match decode_entry(record):
+                case LogMessage(message=message) if message.c == 1:
+                    logged[message.replica] = max(logged[message.replica], message.cv)
+                case LogBody(c=1, cv=cv):
+                    logged[me] = max(logged[me], cv)
+        log.close()
+        if logged != certified:
+            return False
+    return True
 
 
 @partial(scenario, deadline_s=120)
@@ -66,6 +86,7 @@ async def test_a_replica_that_starts_on_a_full_disk_says_so_and_serves_when_ther
     async with Cluster(checkpoint_period=8, window=32) as cluster, cluster.client(near="r1") as client:
         kv = KvClient(client, timeout_s=TIMEOUT_S)
         await kv.put(b"before", b"x")
+        await until(lambda: settled(cluster))  # a UI that nobody else has would be lost with the log, and r2 with it
         await cluster.kill("r2", 3)
         for path in (cluster.home / "r2-3.state").rglob("*"):  # the log's file is lost, and cannot be made
             if path.is_file():
