@@ -77,7 +77,13 @@ class _HostAgent(_Strict):
 
     socket: Annotated[str, StringConstraints(pattern=r"^/[^\s]{1,106}$")] = ""  # empty: started here by the controller
     ssh: Annotated[str, StringConstraints(pattern=r"^([\w.-]+@)?[\w.-]+(:\d{1,5})?$")] = ""  # empty: this host
-    hypervisor: Annotated[str, StringConstraints(pattern=r"^(qemu|test)(\+unix)?:///[^\s]*$")] = "qemu:///system"
+    # What `wormhole.measure.check_local` accepts: a libvirt of the agent's own host.
+    hypervisor: Annotated[
+        str,
+        StringConstraints(
+            pattern=r"^(qemu:///(system|session)|test:///default|qemu\+unix:///system\?socket=/[^\s&#]+)$"
+        ),
+    ] = "qemu:///system"
 
 
 _Label = Annotated[str, StringConstraints(pattern=r"^[^\s/][^/\n]{0,254}$")]

@@ -72,7 +72,7 @@ class Cloud:
     @property
     def libvirt_uri(self) -> str:
         """How libvirt clients on this host reach that libvirtd; empty where there is none."""
-        return f"qemu:///system?socket={self.libvirt_socket}" if self.real else ""
+        return f"qemu+unix:///system?socket={self.libvirt_socket}" if self.real else ""
 
     @property
     def subnet(self) -> str:

@@ -16,6 +16,7 @@ from tests.openstack.lab.wiring import wire_up
 
 READY_TIMEOUT_S = 300.0  # 20 s on an idle machine; one start of a privsep daemon took 47 s on a busy one
 COMMAND_TIMEOUT_S = 300.0
+HOST_CHANNELS = Path("/var/lib/libvirt/qemu/channel")
 _DIRECTORIES = (
     "cinder", "images/store", "images/staging", "images/tasks", "instances", "lock", "mounts/cinder", "mounts/nova",
     "neutron", "nova", "volumes", *(f"libvirt/{name}" for name in ("cache", "etc", "lib", "localca", "log", "run")),
@@ -206,9 +207,14 @@ def _plain(
 def _libvirtd(cloud: Cloud) -> Service:
     """A libvirtd that sees its own directories where the host's has them: in a mount namespace of its own.
 
-    `slave`: volumes mounted on the host later are seen in it, nothing goes the other way.
+    `slave`: volumes mounted on the host later are seen in it, nothing goes the other way. Only the sockets of channels
+    are where the host has its own: an agent of this host connects to what libvirt says, and names of machines begin
+    with their cloud's.
     """
     home = cloud.home / "libvirt"
+    channels = home / "lib/qemu/channel"
+    channels.mkdir(parents=True, exist_ok=True)
+    HOST_CHANNELS.mkdir(parents=True, exist_ok=True)
     places = {
         "run": "/run/libvirt",
         "lib": "/var/lib/libvirt",
@@ -217,10 +223,10 @@ def _libvirtd(cloud: Cloud) -> Service:
         "etc": "/etc/libvirt",
         "localca": "/var/lib/swtpm-localca",  # made by root here, by another user for the host's own
     }
-    script = ["set -e"]
+    script = ["set -e", f"mount --bind {HOST_CHANNELS} {channels}"]
     for name, place in places.items():
         Path(place).mkdir(parents=True, exist_ok=True)
-        script.append(f"mount --bind {home / name} {place}")
+        script.append(f"mount --rbind {home / name} {place}")
     script.append(f"exec libvirtd -f /etc/libvirt/libvirtd.conf -p {home}/run/libvirtd.pid")
     command = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", "\n".join(script)]
     files = [home / "etc" / name for name in ("qemu.conf", "libvirtd.conf")]
@@ -232,7 +238,7 @@ def _write_libvirt(lab: Lab, cloud: Cloud) -> None:
     etc = cloud.home / "libvirt/etc"
     qemu = {
         "user": "root",
-        "group": "root",
+        "group": "libvirt-qemu",  # libvirtd gives it the directory of channels, which machines of the host's also use
         "dynamic_ownership": 0,
         "remember_owner": 0,
         "security_driver": "none",
