@@ -11,7 +11,7 @@ TARGETS := answers channel control core disk envelopes frames messages spec
 .DEFAULT_GOAL := help
 # One after the other: the linters before the tests, the quick tests before the machines.
 .NOTPARALLEL:
-.PHONY: help setup python demo test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack test-ansible clean
+.PHONY: help setup python demo demo-openstack test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack test-ansible clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
@@ -19,6 +19,7 @@ help:
 	@echo 'make lint | unit | vm    the parts of make test'
 	@echo 'make model   check the models of the protocol (TRAIL=setting: show one and its violation)'
 	@echo 'make openstack-lab       two real OpenStack clouds on this machine (CLOUDS="lisbon passau scale", LAB=directory)'
+	@echo 'make demo-openstack      the story of make demo over both of them and the local libvirt'
 	@echo 'make openstack-lab-down  stop them'
 	@echo 'make test-openstack      tests against them'
 	@echo 'make fuzz    every decoder for SECONDS=60, guided by coverage (docs/fuzzing.md)'
@@ -66,6 +67,9 @@ openstack-lab: setup
 
 openstack-lab-down: python
 	$(LAB_COMMAND) -- down
+
+demo-openstack: openstack-lab
+	$(AS_ROOT) OS_CLIENT_CONFIG_FILE=$(LAB)/clouds.yaml $(BIN)/cloudfit demo --openstack $(LAB)/ledger.yaml
 
 test-openstack: openstack-lab
 	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m openstack

@@ -26,7 +26,7 @@ from cloudfit_orchestrator.cli.output import (
 )
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.apply import active_record
-from cloudfit_orchestrator.controller.demo import Demo, print_summary
+from cloudfit_orchestrator.controller.demo import Demo, local_spec, print_summary, told_on
 from cloudfit_orchestrator.controller.destroy import destroy
 from cloudfit_orchestrator.controller.disks import disks
 from cloudfit_orchestrator.controller.doctor import examine
@@ -407,16 +407,24 @@ def doctor(session: Session, form: str) -> None:
         sys.exit(EXIT_ERROR)
 
 
-@cli.command("demo", epilog="Example: cloudfit demo --keep")
+@cli.command("demo", epilog="Example: cloudfit demo --keep; cloudfit demo --openstack ledger.yaml")
 @click.option("--keep", is_flag=True, help="Leave the group running at the end.")
 @click.option("--driver", type=click.Choice(["libvirt", "process"]), default="libvirt", hidden=True)
+@click.option(
+    "--openstack", "spec_path", type=click.Path(path_type=Path), metavar="SPEC",
+    help="Tell it on the three clouds of this spec instead, OpenStack ones among them.",
+)  # fmt: skip
 @format_option
 @pass_session
 @guarded
-def demo(session: Session, keep: bool, driver: str, form: str) -> None:  # noqa: FBT001
-    """A group over three local clouds is attacked, loses a cloud, and is cleansed, on real machines."""
-    images = session.home
-    story = Demo(images, driver=driver, keep=keep, kv=_demo_kv, report=show_progress)
+def demo(session: Session, keep: bool, driver: str, spec_path: Path | None, form: str) -> None:  # noqa: FBT001
+    """A group over three clouds is attacked, loses a cloud, and is cleansed, on real machines.
+
+    The clouds are three networks of this host's libvirt, unless a spec names others. The story has a group, a home and
+    a deployment of its own, and touches nothing else there.
+    """
+    spec = local_spec(driver) if spec_path is None else told_on(spec_file.read_spec(spec_path))
+    story = Demo(session.home, spec=spec, keep=keep, kv=_demo_kv, report=show_progress)
     figures = story.run()
     if form == "table":
         print_summary(figures, print_table)

@@ -1,4 +1,4 @@
-"""The story of `cloudfit demo`: a group over three local clouds is lied to, loses a cloud, and is cleansed.
+"""The story of `cloudfit demo`: a group over three clouds is lied to, loses a cloud, and is cleansed.
 
 It runs on a home and deployment of its own, which it removes again, and takes images and their key from the operator's
 home. Nothing in it is simulated: what it prints was measured in this run.
@@ -28,14 +28,14 @@ from cloudfit_orchestrator.controller.recover import Recovered, recover
 from cloudfit_orchestrator.controller.spec import parse_spec
 from cloudfit_orchestrator.launcher.build import build_image
 from cloudfit_orchestrator.launcher.sil import find_image, verify_image
-from cloudfit_orchestrator.model.errors import BadError, CloudfitError, PermanentError, RefusedError
+from cloudfit_orchestrator.model.errors import BadError, BadInputError, CloudfitError, PermanentError, RefusedError
 from cloudfit_orchestrator.model.record import Parameters
 from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.model.spec import GroupSpec
 
 GROUP = "ledger"
 CLOUDS = ("lisbon", "passau", "ulm")
-TAKEN_OVER, LOST_CLOUD = "r2", "passau"
+TAKEN_OVER, LOST = "r2", "r1"  # the replica that lies, and the one whose cloud is lost
 WRITES = 1000
 MORE_WRITES = 200  # in each later act
 IMAGES = ("replica", "recovery", "adversary")
@@ -55,6 +55,28 @@ class KvSession(Protocol):
     def lies(self) -> dict[str, int]: ...
 
 
+def local_spec(driver: str) -> GroupSpec:
+    """The story's group on three clouds of this host: `libvirt`, or `process` without machines."""
+    kind = 'libvirt: {uri: "qemu:///system"}' if driver == "libvirt" else "process: {}"
+    clouds = "\n".join(f"  - {{name: {name}, {kind}}}" for name in CLOUDS)
+    text = f"apiVersion: cloudfit/v1\ngroup: {GROUP}\nservice: kv\nf: 1\nclouds:\n{clouds}\n"
+    return told_on(parse_spec(text, "demo.yaml"))
+
+
+def told_on(spec: GroupSpec) -> GroupSpec:
+    """The story's group on the clouds of `spec`. Raises BadInputError if they are not three with a replica each."""
+    if len(spec.clouds) != spec.n or spec.n != len(CLOUDS):
+        raise BadInputError(
+            f"the demo needs three clouds with one replica each; {spec.group} has {spec.n} replicas on "
+            f"{len(spec.clouds)} clouds",
+            next_command="name a spec with f: 1 and three clouds",
+        )
+    return replace(
+        spec, group=GROUP, service="kv", parameters=PARAMETERS, allow_adversary=True, adversary=(TAKEN_OVER,),
+        protect=False, image="replica",
+    )  # fmt: skip
+
+
 KvFactory = Callable[[Context, Home, str], AbstractContextManager[KvSession]]
 
 
@@ -72,17 +94,19 @@ class Demo:
     """One run."""
 
     def __init__(
-        self, home: Home, *, driver: str, keep: bool, kv: KvFactory, report: Callable[[Progress], None]
+        self, home: Home, *, spec: GroupSpec, keep: bool, kv: KvFactory, report: Callable[[Progress], None]
     ) -> None:
         """`home`: the operator's, for images. `kv` makes a client of a group of the demo's own home."""
         self._operator = home
-        self._driver = driver
+        self._spec = spec
+        self._isolated = all(cloud.driver != "process" for cloud in spec.clouds)
         self._keep = keep
         self._kv = kv
         self._report = report
         self._began_s = time.monotonic()
         self._expected: dict[bytes, bytes] = {}
-        self.figures: dict[str, Any] = {"demo": 1, "driver": driver, "good": False, "stages_s": {}}
+        drivers = "+".join(sorted({cloud.driver for cloud in spec.clouds}))
+        self.figures: dict[str, Any] = {"demo": 1, "driver": drivers, "good": False, "stages_s": {}}
 
     def run(self) -> dict[str, Any]:
         """The whole story. The figures say `good` if every promise held, and else what went wrong; what it made is gone
@@ -133,14 +157,14 @@ class Demo:
             "writes went on without the lost cloud": figures["cloud_lost"]["writes"] == MORE_WRITES,
             "all values are there, all records verify": figures["checked"]["wrong"] == 0,
         }
-        if self._driver != "process":
+        if self._isolated:
             promises["the launcher refuses an adversary image"] = figures.get("adversary_refused_by_default", False)
         if not self._keep:
             promises["nothing of ours is left"] = not figures["left_behind"]
         return promises
 
     def _story(self, context: Context, home: Home) -> None:
-        spec = self._spec()
+        spec = self._spec
         with self._act("apply"):
             applied = apply(context, spec)
             self.figures["group"] = {"n": len(applied.members), "f": spec.f, "clouds": len(spec.clouds)}
@@ -158,15 +182,14 @@ class Demo:
                 self._destroy_cloud(context, spec)
                 self.figures["cloud_lost"] = asdict(self._traffic(kv, "lost", MORE_WRITES))
             with self._act("replace"):
-                replica = next(r for r, c in spec.placement if c == LOST_CLOUD)
-                self.figures["replacement"] = self._recovered(recover(context, GROUP, replica))
+                self.figures["replacement"] = self._recovered(recover(context, GROUP, LOST))
             with self._act("check"):
                 self.figures["checked"] = self._check_all(context, kv)
 
     # --- acts
 
     def _images(self) -> None:
-        if self._driver == "process":
+        if not self._isolated:
             return
         trusted = [public_bytes(self._operator.image_key())]
         for name in IMAGES:  # what is unchanged comes from caches, in seconds, and has the same digest
@@ -180,7 +203,7 @@ class Demo:
             raise BadError("the SIL accepted an adversary image that no spec allows")
 
     def _doctor(self) -> None:
-        if self._driver == "process":
+        if not self._isolated:
             return
         failed = [c for c in examine(self._operator) if c.verdict == "fail"]
         for check in failed:
@@ -190,22 +213,13 @@ class Demo:
 
     def _demo_home(self, root: Path) -> Home:
         home = Home(root)
-        if self._driver != "process":
+        if self._isolated:
             self._operator.image_key()
             for name in ("image.key", "image.pub"):
                 (home.root / "keys" / name).symlink_to(self._operator.root / "keys" / name)
             home.images.rmdir()
             home.images.symlink_to(self._operator.images)
         return home
-
-    def _spec(self) -> GroupSpec:
-        kind = 'libvirt: {uri: "qemu:///system"}' if self._driver == "libvirt" else "process: {}"
-        clouds = "\n".join(f"  - {{name: {name}, {kind}}}" for name in CLOUDS)
-        text = (
-            f"apiVersion: cloudfit/v1\ngroup: {GROUP}\nservice: kv\nf: 1\nclouds:\n{clouds}\n"
-            f"allow_adversary: true\nadversary: [{TAKEN_OVER}]\n"
-        )
-        return replace(parse_spec(text, "demo.yaml"), parameters=PARAMETERS)
 
     def _traffic(self, kv: KvSession, label: str, count: int) -> Traffic:
         items = [(f"{label}-{i:05d}".encode(), f"value {i} of {label}".encode()) for i in range(count)]
@@ -248,18 +262,18 @@ class Demo:
 
     def _destroy_cloud(self, context: Context, spec: GroupSpec) -> None:
         """Machines, network and agent of one cloud, without a word to anybody."""
-        cloud = next(c for c in spec.clouds if c.name == LOST_CLOUD)
+        cloud = spec.cloud_of(LOST)
         driver, deployment = context.sites.cloud(cloud), context.journal.deployment
-        here = {m.incarnation for m in context.journal.machines(GROUP) if m.cloud == LOST_CLOUD}
+        here = {m.incarnation for m in context.journal.machines(GROUP) if m.cloud == cloud.name}
         for machine in driver.machines(deployment):
             if machine.owner.incarnation in here:
                 driver.destroy(machine)
-        driver.delete_network(deployment, network_name(context, LOST_CLOUD))
-        pid = agent_pid(Home(Path(self.figures["home"])), LOST_CLOUD)
+        driver.delete_network(deployment, network_name(context, cloud.name))
+        pid = agent_pid(Home(Path(self.figures["home"])), cloud.name)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._say("lose a cloud", f"{LOST_CLOUD} is gone: machine, disk, network and agent")
+        self._say("lose a cloud", f"{cloud.name} is gone: machine, disk, network and agent")
 
     def _check_all(self, context: Context, kv: KvSession) -> dict[str, Any]:
         keys = list(self._expected)
@@ -273,7 +287,7 @@ class Demo:
     def _tear_down(self, context: Context, home: Home) -> list[str]:
         """Destroy the group; whatever is left all the same, by name."""
         context.cancelled.clear()
-        spec = self._spec()
+        spec = self._spec
         try:
             destroy(context, GROUP)
         except CloudfitError as error:

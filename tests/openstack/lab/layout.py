@@ -146,6 +146,11 @@ class Lab:
         return self.home / "clouds.yaml"
 
     @property
+    def spec(self) -> Path:
+        """A spec of a group on its real clouds, to begin with."""
+        return self.home / "ledger.yaml"
+
+    @property
     def state(self) -> Path:
         """What tests need to know, as JSON; see `state`."""
         return self.home / "state.json"
