@@ -11,7 +11,8 @@ TARGETS := answers channel control core disk envelopes frames messages spec
 .DEFAULT_GOAL := help
 # One after the other: the linters before the tests, the quick tests before the machines.
 .NOTPARALLEL:
-.PHONY: help setup python demo demo-openstack test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack test-ansible clean
+.PHONY: help setup python demo demo-openstack test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack test-openstack-faults \
+	test-ansible clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
@@ -21,7 +22,7 @@ help:
 	@echo 'make openstack-lab       two real OpenStack clouds on this machine (CLOUDS="lisbon passau scale", LAB=directory)'
 	@echo 'make demo-openstack      the story of make demo over both of them and the local libvirt'
 	@echo 'make openstack-lab-down  stop them'
-	@echo 'make test-openstack      tests against them'
+	@echo 'make test-openstack      tests against them (test-openstack-faults: with calls spoilt, half an hour and more)'
 	@echo 'make fuzz    every decoder for SECONDS=60, guided by coverage (docs/fuzzing.md)'
 	@echo 'make test-ansible        the Ansible collection on a Debian machine made for it'
 	@echo 'make setup   only install what is needed'
@@ -72,7 +73,10 @@ demo-openstack: openstack-lab
 	$(AS_ROOT) OS_CLIENT_CONFIG_FILE=$(LAB)/clouds.yaml $(BIN)/cloudfit demo --openstack $(LAB)/ledger.yaml
 
 test-openstack: openstack-lab
-	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m openstack
+	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m 'openstack and not faults'
+
+test-openstack-faults: openstack-lab
+	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m faults
 
 test-ansible: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,ansible]'

@@ -17,8 +17,9 @@ from cloudfit_orchestrator.cli.output import (
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.apply import Applied
 from cloudfit_orchestrator.controller.change import ensure, plan
-from cloudfit_orchestrator.controller.difference import Difference, scaled
+from cloudfit_orchestrator.controller.difference import Difference, evacuated, scaled
 from cloudfit_orchestrator.controller.ports import Context, Progress
+from cloudfit_orchestrator.controller.proof import proof
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.spec import GroupSpec
 
@@ -46,13 +47,18 @@ def group_apply(session: Session, spec: Path, form: str) -> None:
 @pass_session
 @guarded
 def group_plan(session: Session, spec: Path, form: str) -> None:
-    """What `apply` would change. Writes nothing. Exit code 0: nothing, 2: changes are pending, 1: error."""
+    """What `apply` would change, and the placement proof: what the group survives then, and what it does not.
+
+    Writes nothing. Exit code 0: nothing to do, 2: changes are pending, 1: error.
+    """
     wanted = spec_file.read_spec(spec)
     with session.context() as context:
         found = plan(context, wanted)
+    domains = proof(found.spec)
     if form == "json":
         changes = [asdict(d) for d in found.differences]
-        print_json({"group": found.group, "exists": found.exists, "pending": found.pending, "changes": changes})
+        facts = {"group": found.group, "exists": found.exists, "pending": found.pending, "changes": changes}
+        print_json({**facts, "proof": [asdict(d) for d in domains]})
     elif not found.exists:
         click.echo(f"group {found.group} would be made: {wanted.n} replicas on {len(wanted.clouds)} clouds")
     elif found.pending:
@@ -60,6 +66,9 @@ def group_plan(session: Session, spec: Path, form: str) -> None:
         print_table(["what", "now", "wanted", "how"], rows)
     else:
         click.echo(f"group {found.group} is as the spec says")
+    if form != "json":
+        rows = [[d.kind, d.name, ", ".join(d.replicas), "survived" if d.survived else "NOT survived"] for d in domains]
+        print_table(["lost or taken over", "which", "replicas", f"with f={wanted.f}"], rows)
     if found.pending:
         sys.exit(EXIT_CHANGES_PENDING)
 
@@ -83,13 +92,33 @@ def group_scale(session: Session, group: str, f: int | None, k: int | None, form
     if f is None and k is None:
         raise click.UsageError("name --f or --k")
     with session.context() as context, session.home.lock(f"group-{group}"):
-        row = context.journal.group(group)
-        if row is None:
-            raise BadInputError(f"there is no group {group}", next_command="cloudfit group list")
-        now = spec_file.from_json(row.spec)
+        now = _known(context, group)
         wanted = scaled(now, now.f if f is None else f, now.k if k is None else k)
         done = _ensure(context, wanted)
     _show(done, form)
+
+
+@click.command("evacuate", epilog="Example: cloudfit group evacuate ledger passau")
+@click.argument("group")
+@click.argument("cloud")
+@format_option
+@pass_session
+@guarded
+def group_evacuate(session: Session, group: str, cloud: str, form: str) -> None:
+    """Give the replicas of GROUP on CLOUD to a reserve (reserve: true in the spec), also where CLOUD is lost.
+
+    CLOUD becomes the reserve. Exchange the two in the spec file too: the next `apply` makes the group what it says.
+    """
+    with session.context() as context, session.home.lock(f"group-{group}"):
+        done = _ensure(context, evacuated(_known(context, group), cloud))
+    _show(done, form)
+
+
+def _known(context: Context, group: str) -> GroupSpec:
+    row = context.journal.group(group)
+    if row is None:
+        raise BadInputError(f"there is no group {group}", next_command="cloudfit group list")
+    return spec_file.from_json(row.spec)
 
 
 def _ensure(context: Context, wanted: GroupSpec) -> Applied:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from cloudfit_orchestrator.cli.bench import bench_
-from cloudfit_orchestrator.cli.change import group_apply, group_plan, group_scale
+from cloudfit_orchestrator.cli.change import group_apply, group_evacuate, group_plan, group_scale
 from cloudfit_orchestrator.cli.clients import Kv
 from cloudfit_orchestrator.cli.orphans import orphans_group, preflight
 from cloudfit_orchestrator.cli.output import (
@@ -75,7 +75,7 @@ def group_() -> None:
     """Replica groups."""
 
 
-for command in (group_apply, group_plan, group_scale, preflight):
+for command in (group_apply, group_plan, group_scale, group_evacuate, preflight):
     group_.add_command(command)
 
 

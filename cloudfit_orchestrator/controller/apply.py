@@ -13,7 +13,7 @@ from cloudfit_orchestrator.controller.journal import GroupState, Operation
 from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Agent, Context, Image, Progress
-from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
+from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, RefusedError
 from cloudfit_orchestrator.model.record import Client, ConfigRecord, Member, check_confirmations, open_record
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
@@ -147,6 +147,13 @@ def launch_all(
     used = [c for c in spec.clouds if spec.replicas_on(c.name)]
 
     def on_cloud(cloud: CloudSpec) -> list[tuple[Launched, Agent]]:
+        try:
+            return launch_on(cloud)
+        except CloudfitError as error:  # the first one is raised when all have ended; nobody would hear of the others
+            context.report(Progress(operation.kind, "failed", f"{spec.group}/{cloud.name}", error.fact))
+            raise
+
+    def launch_on(cloud: CloudSpec) -> list[tuple[Launched, Agent]]:
         say = f"network and agent of {cloud.name}"
         context.report(Progress(operation.kind, "cloud", f"{spec.group}/{cloud.name}", say))
         ensure_network(context, cloud)

@@ -42,9 +42,10 @@ KIND = "change"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `ensure` would do. `exists` False: the group would be made."""
+    """What `ensure` would do. `exists` False: the group would be made. `spec` has the replicas where they would be."""
 
     group: str
+    spec: GroupSpec
     exists: bool
     differences: tuple[Difference, ...]
 
@@ -58,13 +59,13 @@ def plan(context: Context, spec: GroupSpec) -> Plan:
     """The differences between the group and `spec`; nothing is written. RefusedError for what cannot be changed."""
     known = context.journal.group(spec.group)
     if known is None or known.state is GroupState.APPLYING:
-        return Plan(spec.group, exists=False, differences=())
+        return Plan(spec.group, spec, exists=False, differences=())
     _refuse_destroying(known)
     begun = context.journal.open_of(spec.group)
     found = _differences(context, known, spec)
     if begun is not None and begun.kind == KIND:
         found.append(Difference("change", "begun, not finished", "finished or withdrawn", "note"))
-    return Plan(spec.group, exists=True, differences=tuple(found))
+    return Plan(spec.group, _settled(context, spec), exists=True, differences=tuple(found))
 
 
 def ensure(context: Context, spec: GroupSpec) -> Applied:

@@ -105,7 +105,7 @@ def settle(wanted: GroupSpec, here: Mapping[str, str]) -> GroupSpec:
 
     `here`: replica -> cloud. A cloud holds no more than an even spread needs, which the spec was checked for.
     """
-    names = [c.name for c in wanted.clouds]
+    names = wanted.serving
     most = -(-wanted.n // len(names))
     count: Counter[str] = Counter()
     settled: dict[str, str] = {}
@@ -123,12 +123,32 @@ def settle(wanted: GroupSpec, here: Mapping[str, str]) -> GroupSpec:
     return replace(wanted, placement=placement, not_tolerated=losses(placement, wanted.f, names))
 
 
+def evacuated(spec: GroupSpec, lost: str) -> GroupSpec:
+    """`spec` with its first reserve in the place of the cloud `lost`, which becomes a reserve: it gets no replica any
+    more until its owner says otherwise. BadInputError if there is no such cloud, or no reserve for it.
+    """
+    clouds = {c.name: c for c in spec.clouds}
+    if lost not in clouds:
+        raise BadInputError(f"{spec.group} has no cloud {lost}; it has {', '.join(clouds)}")
+    if clouds[lost].reserve:
+        raise BadInputError(f"cloud {lost} is a reserve of {spec.group}: there is nothing to evacuate")
+    reserve = next((c.name for c in spec.clouds if c.reserve), None)
+    if reserve is None:
+        raise BadInputError(
+            f"no cloud of {spec.group} is a reserve, so nothing can take the place of {lost}",
+            next_command="add another cloud to the spec, with reserve: true, and cloudfit group apply",
+        )
+    swapped = tuple(replace(c, reserve=c.name == lost) if c.name in (lost, reserve) else c for c in spec.clouds)
+    placement = tuple((r, reserve if c == lost else c) for r, c in spec.placement)
+    return replace(spec, clouds=swapped, placement=placement)
+
+
 def scaled(spec: GroupSpec, f: int, k: int) -> GroupSpec:
     """`spec` for other f and k, on the same clouds. BadInputError if they are too few for it."""
     n = members_needed(spec.algorithm, f, k)
     if not 0 < n <= MAX_MEMBERS:
         raise BadInputError(f"f={f}, k={k} needs {n} replicas, the limit is {MAX_MEMBERS}")
-    names = [c.name for c in spec.clouds]
+    names = spec.serving
     each = -(-n // len(names))
     if each > f > 0 and not spec.not_tolerated:  # else the owner has given up the loss of a whole cloud before
         raise BadInputError(

@@ -7,7 +7,8 @@ import difflib
 import ipaddress
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +111,7 @@ class _Cloud(_Strict):
     process: _Process | None = None
     openstack: _OpenStack | None = None
     agent: _Agent | None = None
+    reserve: Annotated[bool, Field(strict=True)] = False
 
 
 class _Placement(_Strict):
@@ -318,10 +320,10 @@ def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> 
     if n is None or "placement" not in v or len({c.name for c in v.get("clouds", [])}) != len(v.get("clouds", [None])):
         return None
     limit = (v["f"] or n) if v["placement"].max_per_cloud == "f" else v["placement"].max_per_cloud
-    names = [c.name for c in v["clouds"]]
+    names = [c.name for c in v["clouds"] if not c.reserve]
     if len(names) * limit < n:
         more = -(-n // limit)
-        hint = f"name {more} clouds, or raise placement.max_per_cloud, which gives up the loss of a whole cloud"
+        hint = f"name {more} clouds, reserves apart, or raise placement.max_per_cloud, which gives up the loss of one"
         wrong(("clouds",), f"{n} replicas do not fit on {len(names)} clouds with at most {limit} on each", hint)
         return None
     return (place(n, v["f"], names, limit),)
@@ -391,7 +393,7 @@ def place(n: int, f: int, clouds: list[str], limit: int) -> _Placed:
     return _Placed(placement, losses(placement, f, clouds))
 
 
-def losses(placement: tuple[tuple[str, str], ...], f: int, clouds: list[str]) -> tuple[str, ...]:
+def losses(placement: tuple[tuple[str, str], ...], f: int, clouds: Iterable[str]) -> tuple[str, ...]:
     """What that placement does not tolerate, in words."""
     counts = [(cloud, sum(1 for _, c in placement if c == cloud)) for cloud in clouds]
     return tuple(
@@ -431,10 +433,10 @@ def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
 
 def _cloud_spec(c: _Cloud) -> CloudSpec:
     if c.openstack:
-        return _openstack_spec(c.name, c.openstack)
+        return replace(_openstack_spec(c.name, c.openstack), reserve=c.reserve)
     driver = "libvirt" if c.libvirt else "process"
     uri, network = (c.libvirt.uri, c.libvirt.network) if c.libvirt else ("", "")
-    return CloudSpec(c.name, driver, uri, network, c.agent.socket if c.agent else "")
+    return CloudSpec(c.name, driver, uri, network, c.agent.socket if c.agent else "", reserve=c.reserve)
 
 
 def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:

@@ -29,6 +29,7 @@ class CloudSpec:
     network: str = ""  # CIDR for this deployment's network in that cloud; empty: a free one is chosen
     agent_socket: str = ""  # of a running agent on that host; empty: the controller runs one itself (local clouds only)
     openstack: OpenStackPlace | None = None
+    reserve: bool = False  # holds no replica until it takes over those of a cloud that is lost
 
     @property
     def local(self) -> bool:
@@ -79,6 +80,11 @@ class GroupSpec:
     def n(self) -> int:
         """Number of replicas."""
         return len(self.placement)
+
+    @property
+    def serving(self) -> tuple[str, ...]:
+        """Names of the clouds that replicas are placed on: all but reserves."""
+        return tuple(c.name for c in self.clouds if not c.reserve)
 
     def cloud_of(self, replica: str) -> CloudSpec:
         """The cloud that `replica` runs on. KeyError if there is no such replica."""

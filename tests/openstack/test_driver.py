@@ -227,6 +227,7 @@ def test_what_cannot_be_scheduled_leaves_nothing(lab, tmp_path, image, deploymen
 STRIDE = int(os.environ.get("CLOUDFIT_FAULT_STRIDE", "97"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", list(Fault))
 def test_a_life_with_one_call_spoilt(lab, tmp_path, image, deployment, fault):
     document = yaml.safe_load(lab["clouds_yaml"].read_text())

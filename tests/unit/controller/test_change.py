@@ -7,7 +7,7 @@ import pytest
 from cloudfit_orchestrator.controller.apply import active_record
 from cloudfit_orchestrator.controller.change import ensure, plan
 from cloudfit_orchestrator.controller.destroy import destroy
-from cloudfit_orchestrator.controller.difference import scaled, settle
+from cloudfit_orchestrator.controller.difference import evacuated, scaled, settle
 from cloudfit_orchestrator.controller.journal import GroupState
 from cloudfit_orchestrator.controller.recover import recover
 from cloudfit_orchestrator.model.errors import BadInputError, RefusedError, UnknownError
@@ -20,6 +20,7 @@ MORE = SPEC.replace("f: 1", "f: 2").replace(
 )
 MOVED = SPEC.replace("ulm", "graz")
 MINBFT = SPEC + "algorithm: minbft\nparameters: {checkpoint_period: 32, window: 128, max_batch_requests: 99}\n"
+RESERVE = SPEC + "  - {name: faro, process: {}, reserve: true}\n"
 PBFT = SPEC.replace("clouds:", "clouds:\n  - {name: porto, process: {}}") + "algorithm: pbft\n"
 
 
@@ -322,3 +323,32 @@ def test_scale_needs_clouds_enough_for_the_loss_of_one() -> None:
         scaled(spec(), 1, 1)
     with pytest.raises(BadInputError, match="the limit is"):
         scaled(spec(), 40, 0)
+
+
+def test_a_reserve_holds_nothing_until_a_cloud_is_lost(bench: Bench) -> None:
+    ensure(bench.process(), spec(RESERVE))
+    assert {m.cloud for m in bench.check_serving()} == {"lisbon", "passau", "ulm"}
+    assert "faro" not in bench.world.agents
+    before = {m.replica: m.incarnation for m in bench.check_serving()}
+    bench.world.clouds["passau"].reachable = False
+    now = spec(RESERVE)
+    done = ensure(bench.process(), evacuated(now, "passau"))
+    assert {m.replica: m.cloud for m in done.members} == {"r0": "lisbon", "r1": "faro", "r2": "ulm"}
+    assert done.left == (f"r1#{before['r1']}",)
+    assert {m.replica: m.incarnation for m in done.members if m.replica != "r1"} == {
+        "r0": before["r0"],
+        "r2": before["r2"],
+    }
+    swapped = RESERVE.replace("{name: passau, process: {}}", "{name: passau, process: {}, reserve: true}").replace(
+        "{name: faro, process: {}, reserve: true}", "{name: faro, process: {}}"
+    )
+    assert not [d for d in plan(bench.process(), spec(swapped)).differences if d.by == "configuration"]
+
+
+def test_what_cannot_be_evacuated_is_refused() -> None:
+    with pytest.raises(BadInputError, match="no cloud of ledger is a reserve"):
+        evacuated(spec(), "passau")
+    with pytest.raises(BadInputError, match="has no cloud porto"):
+        evacuated(spec(RESERVE), "porto")
+    with pytest.raises(BadInputError, match="is a reserve of ledger"):
+        evacuated(spec(RESERVE), "faro")

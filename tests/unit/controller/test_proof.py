@@ -1,0 +1,35 @@
+"""The placement proof: domains that hold at most f replicas are survived, and it says which are not."""
+
+from cloudfit_orchestrator.controller.proof import proof
+from tests.unit.controller.worlds import spec
+
+OPENSTACK = "{cloud: %s, region: %s, flavor: small, network: replicas, availability_zone: one, agent: {%s}}"
+HEAD = "apiVersion: cloudfit/v1\ngroup: ledger\nservice: kv\nf: 1\nclouds:\n"
+REMOTE = "ssh: root@%s, socket: /run/a.sock"
+
+
+def found(text):
+    return {(d.kind, d.name): (d.replicas, d.survived) for d in proof(spec(text))}
+
+
+def test_clouds_on_one_host_survive_each_cloud_and_not_the_host():
+    domains = found(HEAD + "".join(f"  - {{name: {n}, libvirt: {{uri: 'qemu:///system'}}}}\n" for n in "abc"))
+    assert domains["cloud", "a"] == (("r0",), True)
+    assert domains["host", "this host"] == (("r0", "r1", "r2"), False)
+    assert domains["image", "replica"] == (("r0", "r1", "r2"), False)
+    assert not [kind for kind, _ in domains if kind in ("account", "zone")]
+
+
+def test_two_entries_of_one_account_are_one_account():
+    places = [OPENSTACK % ("lisbon", "r", REMOTE % "h1"), OPENSTACK % ("lisbon", "r", REMOTE % "h2")]
+    text = HEAD + "".join(f"  - {{name: c{i}, openstack: {p}}}\n" for i, p in enumerate(places))
+    domains = found(text + "  - {name: ulm, libvirt: {uri: 'qemu:///system'}}\n")
+    assert domains["account", "lisbon r"] == (("r0", "r1"), False)
+    assert domains["zone", "lisbon one"] == (("r0", "r1"), False)
+    assert domains["host", "h1"] == (("r0",), True)
+    assert domains["host", "this host"] == (("r2",), True)
+
+
+def test_a_reserve_is_no_domain_until_it_holds_a_replica():
+    text = HEAD + "".join(f"  - {{name: {n}, process: {{}}}}\n" for n in "abc")
+    assert ("cloud", "d") not in found(text + "  - {name: d, process: {}, reserve: true}\n")
