@@ -24,9 +24,20 @@ VOLUME_TYPE = "replicas"
 FLAVORS = {"cloudfit.tiny": (128, 1, 1), "cloudfit.small": (384, 1, 1), "cloudfit.medium": (512, 1, 2)}
 # Enough for several groups on a real cloud, few enough that a leak is found; a fake cloud is there for large numbers.
 QUOTAS = {
-    True: {"instances": 20, "cores": 20, "ram": 12288, "volumes": 40, "snapshots": 40, "gigabytes": 200, "port": 60},
-    False: {"instances": 5000, "cores": 5000, "ram": -1, "volumes": 100, "snapshots": 100, "gigabytes": -1, "port": -1},
-}
+    True: {
+        "instances": 20, "cores": 20, "ram": 12288, "server_groups": 10, "server_group_members": 10,
+        "volumes": 40, "snapshots": 40, "gigabytes": 200,
+        "port": 60, "security_group": 10, "security_group_rule": 100,
+    },
+    False: {
+        "instances": 5000, "cores": 5000, "ram": -1, "server_groups": 1000, "server_group_members": 10,
+        "volumes": 100, "snapshots": 100, "gigabytes": -1,
+        "port": -1, "security_group": -1, "security_group_rule": -1,
+    },
+}  # fmt: skip
+OF_COMPUTE = ("instances", "cores", "ram", "server_groups", "server_group_members")
+OF_VOLUMES = ("volumes", "snapshots", "gigabytes")
+OF_NETWORK = ("port", "security_group", "security_group_rule")
 POOL = (10, 199)  # last numbers of the addresses that Neutron gives; the others are for fixed addresses
 HTTP_TIMEOUT_S = 300
 
@@ -104,9 +115,9 @@ def make_resources(lab: Lab, cloud: Cloud) -> dict[str, Any]:
         quotas = QUOTAS[cloud.real]
         for account in (OPERATOR, NEIGHBOUR):
             project = admin.identity.find_project(account, domain_id=DOMAIN, ignore_missing=False).id
-            admin.set_compute_quotas(project, **{k: quotas[k] for k in ("instances", "cores", "ram")})
-            admin.set_volume_quotas(project, **{k: quotas[k] for k in ("volumes", "snapshots", "gigabytes")})
-            admin.set_network_quotas(project, port=quotas["port"])
+            admin.set_compute_quotas(project, **{k: quotas[k] for k in OF_COMPUTE})
+            admin.set_volume_quotas(project, **{k: quotas[k] for k in OF_VOLUMES})
+            admin.set_network_quotas(project, **{k: quotas[k] for k in OF_NETWORK})
         flavors = {name: _flavor(admin, name) for name in FLAVORS}
     return {
         "network": {
