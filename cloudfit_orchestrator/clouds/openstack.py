@@ -88,6 +88,7 @@ class OpenStackCloud(Cloud):
 
     def ensure_network(self, deployment: str, network: NetworkSpec) -> None:
         check_name("deployment", deployment)
+        self.api.forget()  # an operation begins
         given = self.given_network(network.name)
         assert given is not None
         if (given.prefix, given.gateway) != (network.prefix, network.gateway):
@@ -125,11 +126,17 @@ class OpenStackCloud(Cloud):
         owner = spec.owner
         with self._locked(owner):
             check_command_line(spec.manifest)
-            existed = bool(self.servers.all_of(owner))
+            asked = False
+
+            def boot() -> Boot:
+                nonlocal asked
+                asked = True
+                return self._boot(spec)
+
             try:
-                server = self.servers.create(owner, spec.fingerprint, lambda: self._boot(spec))
+                server = self.servers.create(owner, spec.fingerprint, boot)
             except PermanentError:
-                if not existed:
+                if asked:  # else there is one, or a stranger's: not ours to undo
                     self._undo(owner)
                 raise
             return self._machine(server, owner)
@@ -157,8 +164,6 @@ class OpenStackCloud(Cloud):
         elif spec.attach is not None:
             volume = self.volumes.ensure_overlay(owner, spec.attach)
         group = self.servers.ensure_group(owner.deployment, owner.group)
-        used = {str((s.get("image") or {}).get("id")) for s in self.servers.of_deployment(owner.deployment)}
-        self.images.collect(owner.deployment, {*used, image})
         return Boot(
             image=image,
             flavor=str(flavor["id"]),
@@ -170,7 +175,7 @@ class OpenStackCloud(Cloud):
 
     def flavor(self, spec: MachineSpec) -> dict[str, Any]:
         """The flavor. PermanentError if there is none or it is too small for `spec`."""
-        found = find_flavor(self.api, self.place.flavor)
+        found = self.api.remembered(("flavor",), lambda: find_flavor(self.api, self.place.flavor))
         root_bytes = max((p.offset + p.size for p in spec.manifest.parts if p.name in ("root", "verity")), default=0)
         wrong = flavor_faults(found, spec.memory_mib, spec.cpus, root_bytes)
         if wrong:
@@ -224,7 +229,10 @@ class OpenStackCloud(Cloud):
     def destroy(self, machine: Machine) -> None:
         with self._locked(machine.owner):
             self._clear(machine.owner)
-        self._leave(machine.owner.deployment, machine.owner.group)
+        deployment = machine.owner.deployment
+        used = {str((s.get("image") or {}).get("id")) for s in self.servers.of_deployment(deployment)}
+        self.images.collect(deployment, used)
+        self._leave(deployment, machine.owner.group)
 
     def _clear(self, owner: Ownership) -> None:
         """All servers, ports and volumes of that identity; a volume with a snapshot stays behind for it."""

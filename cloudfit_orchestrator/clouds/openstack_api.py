@@ -25,6 +25,7 @@ import requests
 import yaml
 from openstack.connection import Connection
 
+from cloudfit_orchestrator.clouds.shared_calls import SharedCalls
 from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError, PermanentError, TemporaryError
 
 MAX_CONNECTIONS = 4  # a cloud and process: replicas of one group on one cloud are few, and APIs limit rates
@@ -93,6 +94,8 @@ def check_config(cloud: str, file: Path) -> None:
             f"{file} has no cloud {cloud!r}; it has {known}", next_command=f"correct the spec, or add it to {file}"
         )
 
+_Objects = list[dict[str, Any]]  # as an annotation behind `Api.list`
+
 
 class Api:
     """One cloud as one project sees it. Any thread may use it; at most MAX_CONNECTIONS work at a time."""
@@ -115,6 +118,8 @@ class Api:
         for _ in range(MAX_CONNECTIONS):
             self._idle.put(None)  # a place for a connection that is opened when it is needed
         self._mine = threading.local()
+        self._shared = SharedCalls()
+        self._known: dict[tuple[str, ...], Any] = {}
         self._closed = False
 
     @property
@@ -216,7 +221,11 @@ class Api:
         return self.request(service, "GET", path, tried, params=query)
 
     def list(self, service: str, path: str, key: str, tried: str, **query: str) -> list[dict[str, Any]]:
-        """All objects of a listing under `key`, over all its pages."""
+        """All objects of a listing under `key`, over all its pages. Threads that ask for the same share one answer."""
+        same = (service, path, *sorted(query.items()))
+        return list(self._shared.ask(same, lambda: self._pages(service, path, key, tried, query)))
+
+    def _pages(self, service: str, path: str, key: str, tried: str, query: dict[str, str]) -> _Objects:
         found: list[dict[str, Any]] = []
         seen: set[str] = set()
         for _ in range(MAX_PAGES):
@@ -377,12 +386,25 @@ class Api:
 
     # Waiting
 
+    def remembered(self, what: tuple[str, ...], look: Callable[[], _T]) -> _T:
+        """What `look` found when `what` was asked for first: for what outlives single machines. See `until`."""
+        if what not in self._known:
+            self._known[what] = look()
+        found: _T = self._known[what]
+        return found
+
+    def forget(self) -> bool:
+        """Look up everything anew from now on; False if nothing was remembered."""
+        known, self._known = self._known, {}
+        return bool(known)
+
     def until(self, tried: str, step: Callable[[], _T | None], timeout_s: float) -> _T:
         """Call `step` (look; act if need be) until it returns something, or raises what is not temporary.
 
-        TemporaryError after `timeout_s`, with what was seen last. Polled, because these APIs announce nothing.
+        TemporaryError after `timeout_s`, with what was seen last. Polled, because these APIs announce nothing. A first
+        refusal may be for something remembered that is gone by now: then it is looked up anew.
         """
-        deadline, pause, last = time.monotonic() + timeout_s, FIRST_PAUSE_S / 2, ""
+        deadline, pause, last, forgot = time.monotonic() + timeout_s, FIRST_PAUSE_S / 2, "", False
         while True:
             try:
                 found = step()
@@ -391,13 +413,18 @@ class Api:
                 last = ""
             except TemporaryError as error:
                 last = f"; last: {error.fact}"
+            except RejectedError as error:
+                if forgot or not self.forget():
+                    raise
+                forgot, last = True, f"; last: {error.fact}"
             if time.monotonic() + pause > deadline:
                 raise TemporaryError(
                     f"{tried}: {self.name}: not done after {timeout_s:.0f} s{last}",
                     next_command="run the same command again: it goes on where it stopped",
                     retry_after_s=LONGEST_PAUSE_S,
                 )
-            time.sleep(pause)
+            # Threads look at the same instants, so that they share what they list.
+            time.sleep(pause + -(time.monotonic() + pause) % FIRST_PAUSE_S)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
 
 

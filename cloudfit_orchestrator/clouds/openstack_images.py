@@ -78,15 +78,17 @@ class Images:
 
     def ensure_boot(self, spec: MachineSpec) -> str:
         """Id of the root image of `spec`, with its kernel and initramfs. BadError if bytes differ from the manifest."""
+        content = repr((sorted(p.sha256 for p in spec.manifest.parts), spec.manifest.command_line))
+        what = ("image", spec.owner.deployment, spec.manifest.name, content)
+        with self._lock:
+            return self._api.remembered(what, lambda: self._look(spec))
+
+    def _look(self, spec: MachineSpec) -> str:
         manifest, deployment = spec.manifest, spec.owner.deployment
         check_command_line(manifest)
-        ids = {}
-        with self._lock:
-            for kind in ("kernel", "initramfs"):
-                ids[kind] = self._ensure(deployment, _wanted(spec, kind))
-            boot = {"kernel_id": ids["kernel"], "ramdisk_id": ids["initramfs"]}
-            boot["os_command_line"] = manifest.command_line
-            return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
+        ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
+        boot = {"kernel_id": ids["kernel"], "ramdisk_id": ids["initramfs"], "os_command_line": manifest.command_line}
+        return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
 
     def ensure_state(self, deployment: str, size_gib: int) -> str:
         """Id of the image of an empty state disk."""
@@ -106,12 +108,15 @@ class Images:
         keep = {*used, *(str(i["id"]) for i in newest.values())}
         keep |= {str(i.get(k)) for i in mine if i["id"] in keep for k in ("kernel_id", "ramdisk_id")}
         old = [str(i["id"]) for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
+        if old:
+            self._api.forget()
         for identity in old:
             self._api.delete("image", f"/images/{identity}", f"delete the old image {identity}")
         return old
 
     def remove_all(self, deployment: str) -> None:
         """Delete all images of the deployment."""
+        self._api.forget()
         for image in self.of_deployment(deployment):
             self._remove(image)
 

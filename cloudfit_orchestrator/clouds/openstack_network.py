@@ -31,24 +31,27 @@ class Network:
     def __init__(self, api: Api, name: str) -> None:
         self._api = api
         self.name = name
-        self._found: dict[str, Any] | None = None
 
     def require(self) -> dict[str, Any]:
         """The network. PermanentError if there is none, or more than one."""
-        if self._found is None:
-            tried = f"look up the network {self.name}"
-            found = self._api.list("network", "/networks", "networks", tried, name=self.name)
-            found = found or self._api.list("network", "/networks", "networks", tried, id=self.name)
-            if len(found) != 1:
-                raise PermanentError(
-                    f"{self._api.name} has {len(found)} networks {self.name!r}" + " that we see" * (not found),
-                    next_command=f"openstack --os-cloud {self._api.cloud} network list",
-                )
-            self._found = found[0]
-        return self._found
+        return self._api.remembered(("network", self.name), self._network)
+
+    def _network(self) -> dict[str, Any]:
+        tried = f"look up the network {self.name}"
+        found = self._api.list("network", "/networks", "networks", tried, name=self.name)
+        found = found or self._api.list("network", "/networks", "networks", tried, id=self.name)
+        if len(found) != 1:
+            raise PermanentError(
+                f"{self._api.name} has {len(found)} networks {self.name!r}" + " that we see" * (not found),
+                next_command=f"openstack --os-cloud {self._api.cloud} network list",
+            )
+        return found[0]
 
     def subnet(self) -> dict[str, Any]:
         """Its IPv4 subnet with a gateway. PermanentError unless there is exactly one."""
+        return self._api.remembered(("subnet", self.name), self._subnet)
+
+    def _subnet(self) -> dict[str, Any]:
         network = self.require()
         tried = f"look up the subnet of the network {self.name}"
         found = self._api.list("network", "/subnets", "subnets", tried, network_id=str(network["id"]), ip_version="4")
@@ -72,19 +75,6 @@ class Network:
     def reserve(self, wanted: Reservation) -> str:
         """The address for that machine-to-be: the one it got before, or a fresh one."""
         tried = f"reserve an address for {wanted.name}"
-        network, subnet = self.require(), self.subnet()
-        group = self.ensure_group(wanted.deployment, wanted.group)
-        body = {
-            "port": {
-                "network_id": network["id"],
-                "name": wanted.name,
-                "description": wanted.label(),
-                "fixed_ips": [{"subnet_id": subnet["id"]}],
-                "security_groups": [group],
-                "admin_state_up": True,
-            }
-        }
-
         def there() -> list[dict[str, Any]]:
             found = [p for p in self.ports() if Reservation.from_label(p.get("description")) == wanted]
             return sorted(found, key=lambda p: (str(p.get("created_at")), str(p["id"])))
@@ -92,7 +82,15 @@ class Network:
         def step() -> str | None:
             found = there()
             if not found:
-                make_once(self._api, lambda: self._api.make("network", "/ports", body, tried), there, tried)
+                body = {
+                    "network_id": self.require()["id"],
+                    "name": wanted.name,
+                    "description": wanted.label(),
+                    "fixed_ips": [{"subnet_id": self.subnet()["id"]}],
+                    "security_groups": [self.ensure_group(wanted.deployment, wanted.group)],
+                    "admin_state_up": True,
+                }
+                make_once(self._api, lambda: self._api.make("network", "/ports", {"port": body}, tried), there, tried)
                 return None
             used = [p for p in found if p.get("device_id")]
             first = (used or found)[0]
@@ -106,14 +104,14 @@ class Network:
     def take(self, owner: Ownership, address: str) -> dict[str, Any]:
         """The machine's port with that address: the one that was reserved becomes its own, or one is made."""
         tried = f"give {owner.name} the address {address}"
-        group = self.ensure_group(owner.deployment, owner.group)
         named = {"name": owner.name, "description": label(owner)}
 
         def step() -> dict[str, Any] | None:
             port = next((p for p in self.ports() if _address(p) == address), None)
             if port is None:
                 fixed = {"subnet_id": self.subnet()["id"], "ip_address": address}
-                place = {"network_id": self.require()["id"], "fixed_ips": [fixed], "security_groups": [group]}
+                groups = [self.ensure_group(owner.deployment, owner.group)]
+                place = {"network_id": self.require()["id"], "fixed_ips": [fixed], "security_groups": groups}
                 try:
                     self._api.make("network", "/ports", {"port": {**named, **place}}, tried)
                 except RejectedError as error:
@@ -173,6 +171,9 @@ class Network:
 
     def ensure_group(self, deployment: str, group: str) -> str:
         """Id of the security group of that replica group."""
+        return self._api.remembered(("security group", deployment, group), lambda: self._group(deployment, group))
+
+    def _group(self, deployment: str, group: str) -> str:
         text = group_label(deployment, group)
         tried = f"make the security group of {group}"
         body = {"security_group": {"name": f"{deployment}-{group}", "description": text}}
@@ -196,11 +197,11 @@ class Network:
 
     def admit(self, deployment: str, group: str, networks: Collection[str], port: int) -> None:
         """Let exactly these (CIDRs) in, by TCP on `port`."""
-        identity = self.ensure_group(deployment, group)
         tried = f"let {len(networks)} addresses into the group {group}"
         wanted = {str(ipaddress.IPv4Network(n)) for n in networks}
 
         def step() -> bool | None:
+            identity = self.ensure_group(deployment, group)
             rules = self._api.list(
                 "network", "/security-group-rules", "security_group_rules", tried,
                 security_group_id=identity, direction="ingress", limit=_PAGE,
@@ -236,6 +237,7 @@ class Network:
 
     def remove_group(self, group: Mapping[str, Any]) -> None:
         """Delete a security group of ours."""
+        self._api.forget()
         tried = f"delete the security group {group.get('name')} ({group['id']})"
 
         def gone() -> bool | None:  # 409 while a port has it

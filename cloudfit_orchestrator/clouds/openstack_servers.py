@@ -81,8 +81,12 @@ class Servers:
     def find(self, owner: Ownership) -> dict[str, Any] | None:
         """The server of that identity. RefusedError if there is none and a stranger wears its name."""
         found = self.all_of(owner)
-        if found:
-            return found[0]
+        if not found:
+            self._check_name(owner)
+        return found[0] if found else None
+
+    def _check_name(self, owner: Ownership) -> None:
+        """RefusedError if a stranger wears the name of that machine of ours, which does not exist."""
         pattern = "^" + owner.name.replace(".", r"\.") + "$"
         for other in self._api.list(
             "compute", "/servers/detail", "servers", f"look up {owner.name}", name=pattern, limit=_PAGE
@@ -94,7 +98,6 @@ class Servers:
                     "but not its tags: not touched",
                     next_command=f"openstack --os-cloud {self._api.cloud} server show {other['id']}; rename it",
                 )
-        return None
 
     def get(self, identity: str) -> dict[str, Any] | None:
         """The server with that id, or None."""
@@ -120,8 +123,7 @@ class Servers:
             for extra in found[1:]:
                 self.remove(extra)
             if not found:
-                if self.find(owner) is not None:
-                    return None
+                self._check_name(owner)
                 if failed and asked:
                     raise PermanentError(
                         f"{tried}: Nova of {self._api.name} ended in ERROR: {failed}",
@@ -293,6 +295,9 @@ class Servers:
 
         Soft, because a recovery has two machines of one replica for a while, and must not fail for want of a host.
         """
+        return self._api.remembered(("server group", deployment, group), lambda: self._group(deployment, group))
+
+    def _group(self, deployment: str, group: str) -> str:
         name = group_label(deployment, group)
         tried = f"make the server group of {group}"
         body = {"server_group": {"name": name, "policy": "soft-anti-affinity"}}
@@ -314,6 +319,7 @@ class Servers:
 
     def remove_group(self, group: Mapping[str, Any]) -> None:
         """Delete a server group of ours; one that is gone is no error."""
+        self._api.forget()
         tried = f"delete the server group {group['name']}"
         self._api.until(
             tried,
