@@ -32,6 +32,7 @@ MAX_CONNECTIONS = 4  # a cloud and process: replicas of one group on one cloud a
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0  # nova-api waits up to 60 s for its own conductor
 REPEAT_FOR_S = 60.0  # how long one request is repeated: a service that restarts is back by then
+SILENT_FOR_S = 300.0  # a cloud that gave no answer for REPEAT_FOR_S: a change without it asks it several times more
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 4.0
 MAX_RETRY_AFTER_S = 30.0  # a cloud that wants more gets its error shown instead
 MAX_PAGES = 200  # of a listing: no project has that many, an API that repeats its marker for ever might
@@ -51,6 +52,10 @@ class UnclearError(TemporaryError):
 
 class BusyError(TemporaryError):
     """The object is in the middle of something (409): look, and ask again if still needed."""
+
+
+class LimitedError(TemporaryError):
+    """Too many calls for the cloud's liking; not carried out. It answers, so it is not silent."""
 
 
 class RejectedError(PermanentError):
@@ -94,6 +99,7 @@ def check_config(cloud: str, file: Path) -> None:
             f"{file} has no cloud {cloud!r}; it has {known}", next_command=f"correct the spec, or add it to {file}"
         )
 
+
 _Objects = list[dict[str, Any]]  # as an annotation behind `Api.list`
 
 
@@ -120,6 +126,7 @@ class Api:
         self._mine = threading.local()
         self._shared = SharedCalls()
         self._known: dict[tuple[str, ...], Any] = {}
+        self._silent_s = 0.0  # until then the cloud counts as silent: one try a request is enough
         self._closed = False
 
     @property
@@ -202,17 +209,25 @@ class Api:
 
     def _asked(self, tried: str, ask: Callable[[Connection], Any]) -> Any:
         """What only openstacksdk itself asks for; repeated as a GET is."""
-        deadline, pause = time.monotonic() + self._repeat_for_s, FIRST_PAUSE_S
+        deadline, pause = self._deadline_s(), FIRST_PAUSE_S
         while True:
             try:
                 with self.connection() as connection:
                     return ask(connection)
             except (keystoneauth1.exceptions.ClientException, openstack.exceptions.SDKException) as error:
                 trouble = self._translate(error, tried, None)
-                if not isinstance(trouble, TemporaryError) or time.monotonic() + pause > deadline:
+                if not isinstance(trouble, TemporaryError):
+                    raise trouble from None
+                if time.monotonic() + pause > deadline:
+                    self._silent_s = time.monotonic() + SILENT_FOR_S
                     raise trouble from None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _deadline_s(self) -> float:
+        """When a request that begins now is repeated no more: at once where the cloud has just been silent so long."""
+        now_s = time.monotonic()
+        return now_s if now_s < self._silent_s else now_s + self._repeat_for_s
 
     # Requests
 
@@ -275,19 +290,22 @@ class Api:
 
         `tried` names the action and its object, for errors.
         """
-        once = method == "POST" or data is not None
-        deadline, pause = time.monotonic() + self._repeat_for_s, FIRST_PAUSE_S
+        deadline, pause = self._deadline_s(), FIRST_PAUSE_S
         while True:
             try:
-                return self._once(service, method, path, tried, body=body, data=data, params=params)
-            except (BusyError, UnclearError) as error:
-                if once or isinstance(error, BusyError) or time.monotonic() + pause > deadline:
+                answer = self._once(service, method, path, tried, body=body, data=data, params=params)
+            except TemporaryError as error:
+                sent = isinstance(error, BusyError | UnclearError)  # and perhaps carried out
+                if isinstance(error, BusyError) or data is not None or (sent and method == "POST"):
                     raise
-                wait = pause
-            except TemporaryError as error:  # certainly not carried out
-                wait = max(pause, error.retry_after_s)
-                if data is not None or time.monotonic() + wait > deadline:
+                wait = pause if sent else max(pause, error.retry_after_s)
+                if time.monotonic() + wait > deadline:
+                    if not isinstance(error, LimitedError):
+                        self._silent_s = time.monotonic() + SILENT_FOR_S
                     raise
+            else:
+                self._silent_s = 0.0
+                return answer
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -331,7 +349,7 @@ class Api:
         kind, said = _error(response)
         fact = f"{tried}: {self.name} answers {status}: {said}"
         if status in (429, 503) or (status == 413 and "retry-after" in response.headers and method == "GET"):
-            trouble: type[TemporaryError] = TemporaryError if status == 429 else UnclearError
+            trouble: type[TemporaryError] = LimitedError if status == 429 else UnclearError
             raise trouble(fact, retry_after_s=_retry_after(response))
         if status >= 500 or status == 408:
             raise UnclearError(fact)
@@ -380,7 +398,7 @@ class Api:
         ):
             return PermanentError(f"{where}: Keystone: {_said(str(error))}", next_command=doctor)
         if isinstance(error, what.TooManyRequests):  # of a token: nothing was carried out
-            return TemporaryError(f"{where}: Keystone: {_said(str(error))}")
+            return LimitedError(f"{where}: Keystone: {_said(str(error))}")
         # No connection, a service in trouble, a discovery document that is none.
         return UnclearError(f"{where}: {_said(str(error))}", next_command=doctor)
 

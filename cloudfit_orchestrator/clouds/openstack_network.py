@@ -75,6 +75,7 @@ class Network:
     def reserve(self, wanted: Reservation) -> str:
         """The address for that machine-to-be: the one it got before, or a fresh one."""
         tried = f"reserve an address for {wanted.name}"
+
         def there() -> list[dict[str, Any]]:
             found = [p for p in self.ports() if Reservation.from_label(p.get("description")) == wanted]
             return sorted(found, key=lambda p: (str(p.get("created_at")), str(p["id"])))

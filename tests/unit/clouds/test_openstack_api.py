@@ -128,3 +128,19 @@ def test_a_closed_cloud_asks_nothing(api):
     api.close()
     with pytest.raises(RuntimeError, match="is closed"):
         api.get("compute", "/servers/x", "look")
+
+
+def test_a_silent_cloud_is_waited_for_once(fake, api):
+    def look():
+        before = len(fake.calls)
+        with pytest.raises(TemporaryError, match="later"):
+            api.list("compute", "/os-server-groups", "server_groups", "look")
+        return len(fake.calls) - before
+
+    fake.wrong.deny = {"GET compute:/os-server-groups": (500, "later")}
+    assert look() > 2
+    assert look() == 1
+    fake.wrong.deny = {}
+    api.list("compute", "/os-server-groups", "server_groups", "look")
+    fake.wrong.deny = {"GET compute:/os-server-groups": (500, "later")}
+    assert look() > 2
