@@ -25,9 +25,9 @@ MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: t
 MAX_WAITING_SIGNS = 4096  # statements behind records that are not durable; a full disk may last for days
 MAX_WAITING_SAVES = 4  # snapshots not on disk yet; the oldest gives way, it is never answered
 FULL_RETRY_S = 1.0
-QUICK_SYNC_S = 0.0005  # two switches between threads of a busy interpreter take about that, or much longer
-LINGER_S = 0.005  # what nobody waits for is written with what somebody does, or after so long
-_SMOOTHING = 8  # rounds that the mean duration of a sync remembers
+QUICK_SYNC_S = 0.001  # two switches between threads of a busy interpreter take about that, or much longer
+LINGER_S = 0.1  # what nobody waits for is written with what somebody does, or after so long
+_JUDGED = 8  # rounds of which the quickest tells how quick the disk is: a busy machine makes others slow, not it
 
 Action = Callable[[], None]
 
@@ -64,7 +64,7 @@ class Durable:
         self._log_task: asyncio.Task[None] | None = None
         self._scheduled = False
         self._lingering: asyncio.TimerHandle | None = None
-        self._sync_s = 1.0  # mean duration of a round's writing; slow until it is known to be quick
+        self._rounds_s: deque[float] = deque([1.0], _JUDGED)  # of writing; slow until it is known to be quick
         self._job_task: asyncio.Task[None] | None = None
         self._log_thread = ThreadPoolExecutor(1, "log")
         self._job_thread = ThreadPoolExecutor(1, "snapshots")
@@ -136,7 +136,7 @@ class Durable:
         try:
             while self._queue and not self.failed:
                 current = self._next_round()
-                if current.rewrite is not None or self._sync_s > QUICK_SYNC_S or not self._written_here(current):
+                if current.rewrite is not None or min(self._rounds_s) > QUICK_SYNC_S or not self._written_here(current):
                     break
                 self._carry_out(current)
                 current = None
@@ -200,7 +200,7 @@ class Durable:
         elif current.appends:
             began_s = time.perf_counter()
             self.log.append(current.appends)
-            self._sync_s += (time.perf_counter() - began_s - self._sync_s) / _SMOOTHING
+            self._rounds_s.append(time.perf_counter() - began_s)
 
     def _add_job(self, job: tuple[SaveSnapshot, Action] | DropSnapshots) -> None:
         self._jobs.append(job)

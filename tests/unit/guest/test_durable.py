@@ -52,7 +52,7 @@ async def _shares(tmp_path, monkeypatch):
     assert disk.events == ["nothing before me"]
     disk.gate.clear()
     disk.durable.write(Append(b"0"))
-    await asyncio.sleep(0.05)  # the first round is inside fsync now
+    await asyncio.sleep(module.LINGER_S + 0.05)  # the first round is inside fsync now
     for i in range(1, 50):
         disk.durable.write(Append(b"%d" % i))
         disk.after(i)
