@@ -6,12 +6,11 @@ numbers come one after the other, and a bundle then costs one entry, not one a r
 """
 
 import struct
-from dataclasses import dataclass
 
 import msgspec
 
 from cloudfit_orchestrator.bft.interfaces import Service
-from cloudfit_orchestrator.bft.messages import BundleBody, Result, reply_leaf, reply_node
+from cloudfit_orchestrator.bft.messages import BundleBody, Result, Value, reply_leaf, reply_node
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.errors import BadInputError
 
@@ -38,8 +37,7 @@ def _reply_key(client: bytes, number: int) -> bytes:
     return StateStore.RESERVED + b"r" + client + number.to_bytes(8, "big")
 
 
-@dataclass(frozen=True, slots=True)
-class Executed:
+class Executed(Value, frozen=True):
     """Results of one client in one slot."""
 
     client: bytes

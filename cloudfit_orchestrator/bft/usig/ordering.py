@@ -32,7 +32,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     StreamMessage,
     decode_header,
 )
-from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, bare
+from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, bare, waiting
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import BadError
@@ -186,7 +186,7 @@ class UsigOrdering(Ordering):
             self._out.broadcast(self._at.others, StreamMessage(c, me, cv, *body, certificate, data or b""))
         stream = self.configuration.streams[me]
         if stream.wants(cv):
-            stream.wait(message)
+            stream.wait(waiting(message))
 
     def refused(self, code: ErrorCode) -> None:
         """See `Ordering`."""
@@ -239,7 +239,7 @@ class UsigOrdering(Ordering):
             case LogMessage() if entry.message.c == c:
                 stream = configuration.streams.get(entry.message.replica)
                 if stream is not None and stream.wants(entry.message.cv):
-                    stream.wait(entry.message)  # its UI was verified before it was logged
+                    stream.wait(waiting(entry.message))  # its UI was verified before it was logged
             case LogAnchor() if entry.message.c == c:
                 configuration.restore_anchor(entry.message)
             case LogView() if entry.message.c == c:
@@ -312,7 +312,7 @@ class UsigOrdering(Ordering):
             self._at.progress_s = self._out.now_s
         if len(voice.pending) < COMMIT_PIPELINE:
             voice.commit()
-        while (slot := voice.propose_slot(self._at.execution.slot)) is not None:
+        while self._at.pool.unproposed and (slot := voice.propose_slot(self._at.execution.slot)) is not None:
             digest = take_batch(slot)
             if digest is None:
                 break
