@@ -19,6 +19,7 @@ from pathlib import Path
 from cloudfit_orchestrator.bft.effects import Append, DropSnapshots, Rewrite, SaveSnapshot
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
 from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError, disk_errors
+from cloudfit_orchestrator.guest.turn import Action, Turn
 from cloudfit_orchestrator.guest.wal import WriteAheadLog
 
 MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: take no more input
@@ -28,8 +29,6 @@ FULL_RETRY_S = 1.0
 QUICK_SYNC_S = 0.001  # two switches between threads of a busy interpreter take about that, or much longer
 LINGER_S = 0.1  # what nobody waits for is written with what somebody does, or after so long
 _JUDGED = 8  # rounds of which the quickest tells how quick the disk is: a busy machine makes others slow, not it
-
-Action = Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -43,10 +42,15 @@ class Durable:
     """The state disk of a replica, as the event loop sees it."""
 
     def __init__(
-        self, state: Path, trouble: Callable[[str, str], None], crash: Callable[[BaseException], None]
+        self,
+        state: Path,
+        trouble: Callable[[str, str], None],
+        crash: Callable[[BaseException], None],
+        turn: Turn | None = None,
     ) -> None:
         """Opens what is there. Blocks. `trouble(state, fact)` hears of `full`, `failed` and `ok` (again), `crash` of
-        an error that nobody expected. Raises DiskFullError or DiskFailedError.
+        an error that nobody expected. What one `turn` queues is written at its end. Raises DiskFullError or
+        DiskFailedError.
         """
         with disk_errors("create", state):
             state.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,7 @@ class Durable:
         self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
         self._log_task: asyncio.Task[None] | None = None
         self._scheduled = False
+        self._turn = turn or Turn()
         self._lingering: asyncio.TimerHandle | None = None
         self._rounds_s: deque[float] = deque([1.0], _JUDGED)  # of writing; slow until it is known to be quick
         self._job_task: asyncio.Task[None] | None = None
@@ -127,10 +132,10 @@ class Durable:
             self._lingering = None
         if self._log_task is None and not self._scheduled and not self.failed:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._begin)
+            self._turn.later(self._begin, last=True)
 
     def _begin(self) -> None:
-        """The effects of this turn of the loop are all queued: write them."""
+        """The effects of this turn are all queued: write them."""
         self._scheduled = False
         current: _Round | None = None
         try:

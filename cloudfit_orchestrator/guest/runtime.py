@@ -38,6 +38,7 @@ from cloudfit_orchestrator.guest.ports import Port
 from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError
 from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import Transport
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.channel import FrameKind
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
@@ -89,9 +90,10 @@ class Welcome:
 class Greeter:
     """The channel, up to the point where somebody uses it: waits for WELCOME, keeps what is pushed meanwhile."""
 
-    def __init__(self, port: Port) -> None:
-        """Starts nothing."""
-        self.channel = Channel(port, Handlers(self._opened, self._lost, self._pushed_record, self._pushed_command))
+    def __init__(self, port: Port, turn: Turn | None = None) -> None:
+        """Starts nothing. `turn`: see `Channel`."""
+        handlers = Handlers(self._opened, self._lost, self._pushed_record, self._pushed_command)
+        self.channel = Channel(port, handlers, turn)
         self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._early: list[tuple[str, Any]] = []
         self._handlers: Handlers | None = None
@@ -164,6 +166,7 @@ class Runtime:
         self._make_transport = make_transport
         self.counters: Counter[str] = Counter()
         self._known: tuple[Any, Any] = (None, None)
+        self._turn = Turn()
         self._pumping = False
         self._ticked_s = -1.0
         self._figures: dict[str, int] = {}
@@ -173,7 +176,7 @@ class Runtime:
         """Run until cancelled. Raises what went wrong and was not expected."""
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
-        greeter = Greeter(self._port)
+        greeter = Greeter(self._port, self._turn)
         self.channel = greeter.channel
         channel_task = self._loop.create_task(greeter.channel.run())
         self.durable = await self._open_disk(greeter)
@@ -186,6 +189,7 @@ class Runtime:
             credentials=await obtain_credentials(greeter.channel),
             from_peer=self._from_peer,
             from_client=self._from_client,
+            turn=self._turn,
         )
         self.replica = Replica(
             group=self.welcome.group,
@@ -226,7 +230,7 @@ class Runtime:
 
         while True:
             try:
-                durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
+                durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash, self._turn)
             except (DiskFullError, DiskFailedError) as error:
                 if str(error) != said:
                     said = str(error)
@@ -303,8 +307,9 @@ class Runtime:
         if self._over.done():
             return
         try:
-            for effect in self.replica.effects():
-                self.carry_out(effect)
+            with self._turn:
+                for effect in self.replica.effects():
+                    self.carry_out(effect)
             self.certifier.want_session(self.replica.needs_session)
         except Exception as error:  # noqa: BLE001  see `call`
             self._crash(error)

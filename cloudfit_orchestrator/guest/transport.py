@@ -14,6 +14,7 @@ from cloudfit_orchestrator.guest.crowd import Crowd
 from cloudfit_orchestrator.guest.dialler import HANDSHAKE_TIMEOUT_S, Dialler
 from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.record import Client
 
 MAX_PEER_QUEUE = 32 << 20  # bytes that wait for one peer: a few chunks, or a window of batches
@@ -34,12 +35,14 @@ class Transport:
         credentials: Credentials,
         from_peer: Callable[[str, bytes], None],
         from_client: Callable[[bytes, bytes], None],
+        turn: Turn | None = None,
     ) -> None:
-        """Accepts nobody before `configure`."""
+        """Accepts nobody before `configure`. `turn`: see `Link`."""
         self.credentials = credentials
         self.directory = Directory(group)
         self.counters: Counter[str] = Counter()
         self._from_peer, self._from_client = from_peer, from_client
+        self._turn = turn or Turn()
         self._diallers: dict[str, Dialler] = {}
         self._crowd = Crowd(self.counters)
         self._owners: dict[Link, tuple[str | bytes, bytes]] = {}
@@ -149,6 +152,7 @@ class Transport:
             limit=0,
             queue=SendQueue(MAX_PEER_QUEUE, self.counters, "dropped for a peer"),
             counters=self.counters,
+            turn=self._turn,
         )
 
     def _greeted(self, task: "asyncio.Task[None]") -> None:
@@ -164,6 +168,7 @@ class Transport:
             limit=MAX_PEER_FRAME,
             queue=SendQueue(MAX_CLIENT_QUEUE, self.counters, "dropped for a client"),
             counters=self.counters,
+            turn=self._turn,
         )
 
     def _identify(self, link: Link, certificate: bytes) -> bool:
