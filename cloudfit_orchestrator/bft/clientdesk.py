@@ -146,6 +146,8 @@ class ClientDesk:
 
 def _frames(item: Executed) -> list[Executed]:
     """One client's results, in parts that fit into a frame each."""
+    if sum([len(result.result) for result in item.results]) <= MAX_ANSWER_BYTES:
+        return [item]
     parts: list[list[Result]] = [[]]
     size = 0
     for result in item.results:

@@ -117,13 +117,15 @@ class KvService:
         return _encoder.encode(self._apply(store, decoded)) if isinstance(decoded, Get | List) else None
 
     def _apply(self, store: StateStore, operation: Operation) -> Result:
-        kind = type(operation)
-        key = operation.prefix if isinstance(operation, List) else operation.key
-        if kind is not List and (not key or key.startswith(store.RESERVED)):
-            return Failed("a key must not be empty and must not begin with a zero byte")
+        if isinstance(operation, List):
+            key = operation.prefix
+        else:
+            key = operation.key
+            if not key or key.startswith(store.RESERVED):
+                return Failed("a key must not be empty and must not begin with a zero byte")
         if len(key) > MAX_KEY:
             return Failed(f"a key has at most {MAX_KEY} bytes")
-        return _HANDLERS[kind](store, operation)
+        return _HANDLERS[type(operation)](store, operation)
 
 
 def _get(store: StateStore, operation: Get) -> Result:
@@ -147,11 +149,11 @@ def _compare_and_swap(store: StateStore, operation: CompareAndSwap) -> Result:
 
 def _write(store: StateStore, key: bytes, value: bytes | None) -> Result:
     if value is None:
-        return Done(store.delete(key))
+        return _CHANGED if store.delete(key) else _UNCHANGED
     if len(value) > MAX_STORED:
         return Failed(f"a value has at most {MAX_STORED} bytes")
     try:
-        return Done(store.put(key, value))
+        return _CHANGED if store.put(key, value) else _UNCHANGED
     except BadInputError as error:
         return Failed(error.fact)
 
@@ -168,7 +170,8 @@ def _list(store: StateStore, operation: List) -> Result:
     return Entries(items, more=False)
 
 
-_DONE = {changed: _encoder.encode(Done(changed)) for changed in (False, True)}  # most results: made once
+_CHANGED, _UNCHANGED = Done(changed=True), Done(changed=False)  # most results: made and encoded once
+_DONE = {done.changed: _encoder.encode(done) for done in (_UNCHANGED, _CHANGED)}
 _HANDLERS: dict[type, Callable[[StateStore, Any], Result]] = {
     Get: _get,
     Put: _put,
