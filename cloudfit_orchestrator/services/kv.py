@@ -14,26 +14,26 @@ MAX_STORED = MAX_RESULT - 2048  # bytes of a value: it must fit into a result, w
 MAX_LIST_BYTES = MAX_RESULT // 2  # keys and values in one result, framing aside; one entry may be larger
 
 
-class Get(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Get(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Answer: Value."""
 
     key: bytes
 
 
-class Put(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Put(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Answer: Done."""
 
     key: bytes
     value: bytes
 
 
-class Delete(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Delete(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Answer: Done, `changed` being False if the key was not there."""
 
     key: bytes
 
 
-class CompareAndSwap(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class CompareAndSwap(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Set `key` to `value` (None: delete) if it holds `expected` (None: absent). Answer: Done or, if not, Value."""
 
     key: bytes
@@ -41,7 +41,7 @@ class CompareAndSwap(msgspec.Struct, frozen=True, tag=True, array_like=True):
     value: bytes | None
 
 
-class List(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class List(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Entries under `prefix` with keys above `after`, in order, at most `limit`. Answer: Entries."""
 
     prefix: bytes = b""
@@ -49,26 +49,26 @@ class List(msgspec.Struct, frozen=True, tag=True, array_like=True):
     limit: int = MAX_LIST_ENTRIES
 
 
-class Value(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Value(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """What a key holds, None if it is not there."""
 
     value: bytes | None
 
 
-class Done(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Done(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """It was carried out; `changed` says whether the state is another one now."""
 
     changed: bool
 
 
-class Entries(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Entries(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Entries in key order; `more` if there were others behind the last one."""
 
     items: list[tuple[bytes, bytes]]
     more: bool
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Nothing was changed, and will not be by asking again."""
 
     reason: str
