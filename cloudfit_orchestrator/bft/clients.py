@@ -55,7 +55,9 @@ class ClientWindow:
         self.low, self.high, self._bytes = row
         self._read: dict[int, _Page] = {}
         self._changed: set[int] = set()
-        self._dropped = self.low  # replies up to here are neither kept nor counted any more; the others are, until asked
+        self._dropped = (
+            self.low
+        )  # replies up to here are not kept any more; those up to `low` are, until `_drop`
 
     def cached(self, number: int) -> bytes | None:
         """The kept reply of an executed request, or None."""
@@ -74,10 +76,8 @@ class ClientWindow:
         """A request was executed. The window moves up to it, and shrinks from below to stay under its bytes."""
         if self.high == 0:
             self.low = self._dropped = max(0, number - width)
-        if number > self.high:
-            self.high = number
-        if self.low < self.high - width:
-            self.low = self.high - width
+        self.high = max(self.high, number)
+        self.low = max(self.low, self.high - width)
         size = len(reply)
         self._bytes += size
         if self._bytes > MAX_REPLIES_BYTES + size:

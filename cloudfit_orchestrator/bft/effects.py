@@ -50,10 +50,13 @@ class EndEpoch(Value, frozen=True):
 
 
 class Send(Value, frozen=True):
-    """Send `body` to `peer` ("replica#incarnation"). May be lost."""
+    """Send `body` to `peer` ("replica#incarnation"). May be lost. Nobody waits for what is not sent `soon`: it may go
+    with what follows it, in order, or with the next tick.
+    """
 
     peer: str
     body: bytes
+    soon: bool = True
 
 
 class Answer(Value, frozen=True):

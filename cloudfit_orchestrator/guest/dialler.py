@@ -50,10 +50,15 @@ class Dialler:
         """Whether a frame sent now would leave now."""
         return self._link is not None
 
-    def send(self, body: bytes) -> None:
-        """Queue a frame."""
+    def send(self, body: bytes, *, soon: bool = True) -> None:
+        """Queue a frame; one that need not go `soon` waits for the next that must, or for `flush`."""
         self._queue.put(body)
-        if self._link is not None:
+        if soon:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, at the end of this turn."""
+        if self._link is not None and self._queue:
             self._link.flush_soon()
 
     def close(self) -> None:

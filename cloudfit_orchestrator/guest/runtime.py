@@ -297,6 +297,7 @@ class Runtime:
         self.certifier.channel_opened()
         while True:
             self.call(lambda: None)
+            self.transport.flush()
             self._follow_configuration()
             self._say_figures()
             await asyncio.sleep(TICK_S)
@@ -328,7 +329,7 @@ class Runtime:
             case EndEpoch():
                 self.durable.after(lambda: self.certifier.end_epoch(effect))
             case Send():
-                self.transport.send(effect.peer, effect.body)
+                self.transport.send(effect.peer, effect.body, soon=effect.soon)
             case Answer():
                 self.transport.answer(effect.client, effect.body)
             case SaveSnapshot():

@@ -76,8 +76,10 @@ class Transport:
                 dialler.close()
                 del self._diallers[peer_id]
 
-    def send(self, peer_id: str, body: bytes) -> None:
-        """Send to a peer, dialling it the first time. May be lost; to an unknown peer it is, and counted."""
+    def send(self, peer_id: str, body: bytes, *, soon: bool = True) -> None:
+        """Send to a peer, dialling it the first time. May be lost; to an unknown peer it is, and counted. What need not
+        go `soon` waits for what must, or for `flush`.
+        """
         peer = self.directory.peers.get(peer_id)
         if peer is None or len(body) > MAX_PEER_FRAME:
             self.counters["not sent: unknown peer" if peer is None else "not sent: too large"] += 1
@@ -85,7 +87,12 @@ class Transport:
         dialler = self._diallers.get(peer_id)
         if dialler is None:
             dialler = self._diallers[peer_id] = self._dialler(peer)
-        dialler.send(body)
+        dialler.send(body, soon=soon)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        for dialler in self._diallers.values():
+            dialler.flush()
 
     def answer(self, client: bytes, body: bytes) -> None:
         """Send to all connections of the client with that raw key."""

@@ -1,6 +1,6 @@
 """The USIG engine as a replica sees it (`bft.ordering`): streams that are judged, and the own one that is spoken."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cloudfit_orchestrator.bft.effects import Certify
 from cloudfit_orchestrator.bft.journal import LogBatch
@@ -25,8 +25,10 @@ from cloudfit_orchestrator.bft.usig.judge import initial, leader, proposers
 from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
 from cloudfit_orchestrator.bft.usig.messages import (
     MESSAGES,
+    Commit,
     Discarded,
     EpochEndMessage,
+    Header,
     LogProof,
     Prepare,
     StreamMessage,
@@ -183,10 +185,20 @@ class UsigOrdering(Ordering):
             self._out.journal(LogUI(c, cv, certificate))
             header = decode_header(body[0])
             data = self.batches.data(header.batch) if isinstance(header, Prepare) else None
-            self._out.broadcast(self._at.others, StreamMessage(c, me, cv, *body, certificate, data or b""))
+            said = StreamMessage(c, me, cv, *body, certificate, data or b"")
+            self._out.broadcast(self._at.others, said, self._awaited(header))
         stream = self.configuration.streams[me]
         if stream.wants(cv):
             stream.wait(waiting(message))
+
+    def _awaited(self, header: Header) -> Callable[[str], bool]:
+        """Who waits for such a message of ours: where two votes decide, a COMMIT's proposer; everyone else has the
+        proposal and the own vote.
+        """
+        if not isinstance(header, Commit) or self.record.quorums.commit > 2:
+            return lambda _: True
+        waiting_for_it = {entry.proposer for entry in header.entries}
+        return lambda peer: replica_of(peer) in waiting_for_it
 
     def refused(self, code: ErrorCode) -> None:
         """See `Ordering`."""
