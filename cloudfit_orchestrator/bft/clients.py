@@ -55,9 +55,7 @@ class ClientWindow:
         self.low, self.high, self._bytes = row
         self._read: dict[int, _Page] = {}
         self._changed: set[int] = set()
-        self._dropped = (
-            self.low
-        )  # replies up to here are not kept any more; those up to `low` are, until `_drop`
+        self._dropped = self.low  # replies up to here are not kept any more; those up to `low` are, until `_drop`
 
     def cached(self, number: int) -> bytes | None:
         """The kept reply of an executed request, or None."""
