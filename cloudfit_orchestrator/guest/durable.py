@@ -81,9 +81,12 @@ class Durable:
 
     def write(self, effect: Append | Rewrite) -> None:
         """Queue a log operation."""
-        records = (effect.record,) if isinstance(effect, Append) else effect.records
-        self._waiting_bytes += sum(map(len, records))
-        self._queue.append(effect.record if isinstance(effect, Append) else effect)
+        if isinstance(effect, Append):
+            self._waiting_bytes += len(effect.record)
+            self._queue.append(effect.record)
+        else:
+            self._waiting_bytes += sum(map(len, effect.records))
+            self._queue.append(effect)
         if self._log_task is None and self._lingering is None and not self._scheduled and not self.failed:
             self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._start)
 

@@ -201,6 +201,7 @@ class Runtime:
             log=self.durable.log.records(),
             snapshots=snapshots,
         )
+        self._carries = self._ways()
         self.certifier = Certifier(self.welcome.replica, greeter.channel, self.replica, self.call, self.counters)
         await self.transport.listen(host, self.welcome.port)
         self._log("listening", host=host, port=self.welcome.port, cut_bytes=self.durable.log.cut_bytes)
@@ -317,27 +318,28 @@ class Runtime:
 
     def carry_out(self, effect: Effect) -> None:
         """What each effect demands: see `bft.effects`."""
-        match effect:
-            case Append() | Rewrite():
-                self.durable.write(effect)
-            case Certify():
-                self.durable.after(lambda: self.certifier.certify(effect))
-            case Sign() if not effect.waits:
-                self.certifier.sign(effect)
-            case Sign():
-                self.durable.after(lambda: self.certifier.sign(effect), may_be_lost=True)
-            case EndEpoch():
-                self.durable.after(lambda: self.certifier.end_epoch(effect))
-            case Send():
-                self.transport.send(effect.peer, effect.body, soon=effect.soon)
-            case Answer():
-                self.transport.answer(effect.client, effect.body)
-            case SaveSnapshot():
-                self.durable.save(effect, lambda: self.saved(effect))
-            case DropSnapshots():
-                self.durable.drop(effect)
-            case Report():
-                self._report(effect)
+        self._carries[type(effect)](effect)
+
+    def _ways(self) -> dict[type[Effect], Callable[[Any], None]]:
+        """How each kind of effect is carried out."""
+        return {
+            Append: self.durable.write,
+            Rewrite: self.durable.write,
+            Certify: lambda effect: self.durable.after(lambda: self.certifier.certify(effect)),
+            Sign: self._have_signed,
+            EndEpoch: lambda effect: self.durable.after(lambda: self.certifier.end_epoch(effect)),
+            Send: lambda effect: self.transport.send(effect.peer, effect.body, soon=effect.soon),
+            Answer: lambda effect: self.transport.answer(effect.client, effect.body),
+            SaveSnapshot: lambda effect: self.durable.save(effect, lambda: self.saved(effect)),
+            DropSnapshots: self.durable.drop,
+            Report: self._report,
+        }
+
+    def _have_signed(self, effect: Sign) -> None:
+        if effect.waits:
+            self.durable.after(lambda: self.certifier.sign(effect), may_be_lost=True)
+        else:
+            self.certifier.sign(effect)
 
     def saved(self, effect: SaveSnapshot) -> None:
         """A snapshot is durable."""
