@@ -24,9 +24,7 @@ class Turn:
     def later(self, action: Action, *, last: bool = False) -> None:
         """Call `action` at the end of this turn; `last`: after all that is not, as it takes longer."""
         (self._last if last else self._due).append(action)
-        if not self._held and not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._scheduled_end)
+        self._schedule()
 
     def __enter__(self) -> None:
         self._held = True
@@ -34,9 +32,17 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._end()
-        self._held = False
+        try:
+            if kind is None:
+                self._end()
+        finally:
+            self._held = False
+            self._schedule()  # what an error left
+
+    def _schedule(self) -> None:
+        if (self._due or self._last) and not self._held and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._scheduled_end)
 
     def _scheduled_end(self) -> None:
         self._scheduled = False
