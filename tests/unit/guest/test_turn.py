@@ -36,9 +36,13 @@ async def test_after_an_error_the_rest_is_done_when_the_loop_comes_round():
     def fail() -> None:
         raise OSError("made up")
 
-    with pytest.raises(OSError, match="made up"), turn:
-        turn.later(fail)
-        turn.later(lambda: done.append("the next one"))
+    def turn_with_an_error() -> None:
+        with turn:
+            turn.later(fail)
+            turn.later(lambda: done.append("the next one"))
+
+    with pytest.raises(OSError, match="made up"):
+        turn_with_an_error()
     await until(lambda: done == ["the next one"])
     turn.later(lambda: done.append("later"))
     await until(lambda: done == ["the next one", "later"])
