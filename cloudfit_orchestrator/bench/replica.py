@@ -32,11 +32,11 @@ class MeasuredTransport(Transport):
         self.sent_messages = 0
         self.sent_bytes = 0
 
-    def send(self, peer_id: str, body: bytes) -> None:
+    def send(self, peer_id: str, body: bytes, *, soon: bool = True) -> None:
         """See `Transport`."""
         self.sent_messages += 1
         self.sent_bytes += len(body)
-        super().send(peer_id, body)
+        super().send(peer_id, body, soon=soon)
 
     def configure(self, peers: Iterable[tls.Peer], clients: Iterable[Client]) -> None:
         """See `Transport`."""

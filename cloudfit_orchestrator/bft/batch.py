@@ -33,6 +33,11 @@ def batch_digest(batch: bytes) -> bytes:
     return sha256(b"cloudfit/batch/v1\0", batch)
 
 
+def bundle_name(data: bytes) -> bytes:
+    """What this replica knows an encoded bundle by."""
+    return sha256(data)
+
+
 def split_batch(batch: bytes) -> list[bytes]:
     """The encoded bundles. Raises BadError."""
     try:
@@ -57,10 +62,11 @@ def bundle_body(data: bytes) -> tuple[Bundle, BundleBody]:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A valid batch, decoded: the bodies in order."""
+    """A valid batch, decoded: the bodies in order, and the names of the bundles."""
 
     digest: bytes
     bodies: tuple[BundleBody, ...]
+    names: tuple[bytes, ...] = ()
 
 
 class BundleChecker:
@@ -77,9 +83,12 @@ class BundleChecker:
         self._seen: dict[bytes, BundleBody] = {}
         self._seen_bytes = 0
 
-    def check(self, data: bytes) -> BundleBody:
-        """The body of an encoded bundle whose client is admitted and whose signature holds. Raises BadError."""
-        name = sha256(data)
+    def check(self, data: bytes, name: bytes | None = None) -> BundleBody:
+        """The body of an encoded bundle whose client is admitted and whose signature holds. `name`: its `bundle_name`,
+        where the caller has it. Raises BadError.
+        """
+        if name is None:
+            name = bundle_name(data)
         body = self._seen.get(name)
         if body is not None:
             return body
@@ -106,9 +115,11 @@ class BundleChecker:
         if len(batch) > limits.max_batch_bytes:
             return None
         try:
-            bodies = tuple(self.check(data) for data in split_batch(batch))
+            bundles = split_batch(batch)
+            names = tuple([bundle_name(data) for data in bundles])
+            bodies = tuple([self.check(data, name) for data, name in zip(bundles, names, strict=True)])
         except BadError:
             return None
         if not bodies or sum(len(body.requests) for body in bodies) > limits.max_batch_requests:
             return None
-        return Checked(batch_digest(batch), bodies)
+        return Checked(batch_digest(batch), bodies, names)

@@ -1,6 +1,14 @@
 """Requests from clients and replies to them (protocol §3)."""
 
-from cloudfit_orchestrator.bft.batch import BATCH_BYTES, batch_digest, bundle_body, fits, make_batch, split_batch
+from cloudfit_orchestrator.bft.batch import (
+    BATCH_BYTES,
+    Checked,
+    batch_digest,
+    bundle_body,
+    bundle_name,
+    fits,
+    make_batch,
+)
 from cloudfit_orchestrator.bft.clients import ClientWindow, Executed, reply_tree
 from cloudfit_orchestrator.bft.effects import Answer
 from cloudfit_orchestrator.bft.journal import LogBatch
@@ -35,7 +43,8 @@ class ClientDesk:
             return
         limits = ordering.record.parameters
         try:
-            body = ordering.batches.checker.check(data)
+            name = bundle_name(data)
+            body = ordering.batches.checker.check(data, name)
         except BadError:
             self._out.count("bad_bundle")
             return
@@ -56,7 +65,7 @@ class ClientDesk:
             again.update((result.number, result) for result in known[:MAX_AGAIN])
             while len(again) > MAX_AGAIN:
                 del again[next(iter(again))]
-        if fresh and not self._at.pool.add(data, body, self._out.now_s) and client is not None:
+        if fresh and not self._at.pool.add(name, data, body, self._out.now_s) and client is not None:
             self._out.count("overloaded")
             self._out.put(Answer(client, encode(Overloaded(tuple(fresh)))))
 
@@ -93,10 +102,10 @@ class ClientDesk:
         # A reply shows a slot that Qc members have logged before they voted: it need not wait for our own log.
         self._reads.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send)
 
-    def executed(self, batch: bytes) -> None:
+    def executed(self, batch: Checked) -> None:
         """A batch was executed: its bundles wait no more."""
-        for bundle in split_batch(batch):
-            self._at.pool.remove(bundle)
+        for name in batch.names:
+            self._at.pool.remove(name)
 
     def take_batch(self, slot: int) -> bytes | None:
         """See `ordering.TakeBatch`."""
@@ -129,23 +138,25 @@ class ClientDesk:
             row = ClientWindow(self._at.execution.store, waiting.body.client)
             numbers = [request.number for request in waiting.body.requests]
             if all(row.cached(n) is not None or not row.acceptable(n, width) for n in numbers):
-                self._at.pool.remove(waiting.data)
+                self._at.pool.remove(waiting.name)
 
     def recheck(self, ordering: Ordering) -> None:
         """A new configuration may have other clients, and other limits."""
         for waiting in self._at.pool.bundles():
             try:
-                body = ordering.batches.checker.check(waiting.data)
+                body = ordering.batches.checker.check(waiting.data, waiting.name)
             except BadError:
-                self._at.pool.remove(waiting.data)
+                self._at.pool.remove(waiting.name)
                 continue
             if not fits(waiting.data, body, ordering.record.parameters):
-                self._at.pool.remove(waiting.data)
+                self._at.pool.remove(waiting.name)
         self._at.pool.release()
 
 
 def _frames(item: Executed) -> list[Executed]:
     """One client's results, in parts that fit into a frame each."""
+    if sum([len(result.result) for result in item.results]) <= MAX_ANSWER_BYTES:
+        return [item]
     parts: list[list[Result]] = [[]]
     size = 0
     for result in item.results:

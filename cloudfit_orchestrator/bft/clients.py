@@ -6,12 +6,11 @@ numbers come one after the other, and a bundle then costs one entry, not one a r
 """
 
 import struct
-from dataclasses import dataclass
 
 import msgspec
 
 from cloudfit_orchestrator.bft.interfaces import Service
-from cloudfit_orchestrator.bft.messages import BundleBody, Result, reply_leaf, reply_node
+from cloudfit_orchestrator.bft.messages import BundleBody, Result, Value, reply_leaf, reply_node
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.errors import BadInputError
 
@@ -38,8 +37,7 @@ def _reply_key(client: bytes, number: int) -> bytes:
     return StateStore.RESERVED + b"r" + client + number.to_bytes(8, "big")
 
 
-@dataclass(frozen=True, slots=True)
-class Executed:
+class Executed(Value, frozen=True):
     """Results of one client in one slot."""
 
     client: bytes
@@ -57,6 +55,7 @@ class ClientWindow:
         self.low, self.high, self._bytes = row
         self._read: dict[int, _Page] = {}
         self._changed: set[int] = set()
+        self._dropped = self.low  # replies up to here are not kept any more; those up to `low` are, until `_drop`
 
     def cached(self, number: int) -> bytes | None:
         """The kept reply of an executed request, or None."""
@@ -74,30 +73,37 @@ class ClientWindow:
     def keep(self, number: int, reply: bytes, width: int) -> None:
         """A request was executed. The window moves up to it, and shrinks from below to stay under its bytes."""
         if self.high == 0:
-            self.low = max(0, number - width)
+            self.low = self._dropped = max(0, number - width)
         self.high = max(self.high, number)
-        self._bytes += len(reply)
-        while self.low < self.high - width or self._bytes > MAX_REPLIES_BYTES + len(reply):
-            self._drop_lowest()
+        self.low = max(self.low, self.high - width)
+        size = len(reply)
+        self._bytes += size
+        if self._bytes > MAX_REPLIES_BYTES + size:
+            self._drop()
+            while self._bytes > MAX_REPLIES_BYTES + size:
+                self.low += 1
+                self._drop()
         if number <= self.low:  # the window closed over it
-            self._bytes -= len(reply)
+            self._bytes -= size
             return
         index, place = divmod(number, PAGE)
-        page = self._page(index)
+        page = self._read.get(index) or self._page(index)
         self._changed.add(index)
-        if len(reply) <= LARGE:
+        if size <= LARGE:
             page[place] = reply
             return
+        self._drop()  # makes room in the buckets
         try:
             self._store.put_reply(_reply_key(self._client, number), reply)
         except BadInputError:
             self._close_over(number)
-            self._bytes -= len(reply)
+            self._bytes -= size
         else:
-            page[place] = len(reply)
+            page[place] = size
 
     def save(self) -> None:
         """Write what `keep` changed."""
+        self._drop()
         for index in sorted(self._changed):
             if (index + 1) * PAGE - 1 <= self.low:
                 continue
@@ -110,20 +116,25 @@ class ClientWindow:
 
     def _close_over(self, number: int) -> None:
         """The bucket is full: what cannot be remembered must not be executed again, so the window closes over it."""
-        while self.low < number:
-            self._drop_lowest()
+        self.low = max(self.low, number)
+        self._drop()
 
-    def _drop_lowest(self) -> None:
-        self.low += 1
-        index = self.low // PAGE
-        reply = self._page(index)[self.low % PAGE]
-        if isinstance(reply, int):
-            self._store.delete(_reply_key(self._client, self.low))
-        if reply is not None:
-            self._bytes -= reply if isinstance(reply, int) else len(reply)
-        if self.low % PAGE == PAGE - 1:
-            self._store.delete(_page_key(self._client, index))
-            del self._read[index]
+    def _drop(self) -> None:
+        """Let go of the replies that the window has closed over, page by page."""
+        while self._dropped < self.low:
+            first = self._dropped + 1
+            index, place = divmod(first, PAGE)
+            last = min(self.low, (index + 1) * PAGE - 1)
+            for number, reply in enumerate(self._page(index)[place : place + last - first + 1], first):
+                if isinstance(reply, int):
+                    self._store.delete(_reply_key(self._client, number))
+                    self._bytes -= reply
+                elif reply is not None:
+                    self._bytes -= len(reply)
+            if last % PAGE == PAGE - 1:
+                self._store.delete(_page_key(self._client, index))
+                del self._read[index]
+            self._dropped = last
 
     def _page(self, index: int) -> _Page:
         page = self._read.get(index)
@@ -148,7 +159,7 @@ def execute(
         changed = False
         for request in body.requests:
             number = request.number
-            result = row.cached(number)
+            result = row.cached(number) if number <= row.high else None
             if result is None:
                 if not row.acceptable(number, width):
                     continue

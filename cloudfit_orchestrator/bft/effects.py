@@ -4,29 +4,28 @@ The durability rule (protocol §2, "the journal goes first"): every `Append` bef
 that `waits` is on stable storage before that request leaves for the wormhole. Many effects may share one fsync.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import field
+
+from cloudfit_orchestrator.bft.messages import Value
 from cloudfit_orchestrator.bft.store import Snapshot
 from cloudfit_orchestrator.model.statement import Kind
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(Value, frozen=True):
     """Append `record` to the write-ahead log."""
 
     record: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Rewrite:
+class Rewrite(Value, frozen=True):
     """Replace the whole write-ahead log by `records`, atomically and durably (truncation after a stable checkpoint)."""
 
     records: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Certify:
+class Certify(Value, frozen=True):
     """CREATE_UI for counter `cv` of epoch `c`. Answer by `Replica.certified` or `Replica.refused`."""
 
     c: int
@@ -34,8 +33,7 @@ class Certify:
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Sign:
+class Sign(Value, frozen=True):
     """SIGN a statement under `c`. Answer by `Replica.signed(token, signature)`; a refusal is dropped."""
 
     c: int
@@ -45,31 +43,30 @@ class Sign:
     waits: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class EndEpoch:
+class EndEpoch(Value, frozen=True):
     """END_EPOCH of `c` after a wedge. Answer by `Replica.epoch_ended`."""
 
     c: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send `body` to `peer` ("replica#incarnation"). May be lost."""
+class Send(Value, frozen=True):
+    """Send `body` to `peer` ("replica#incarnation"). May be lost. Nobody waits for what is not sent `soon`: it may go
+    with what follows it, in order, or with the next tick.
+    """
 
     peer: str
     body: bytes
+    soon: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Value, frozen=True):
     """Send `body` to the connections of the client with raw key `client`. May be lost."""
 
     client: bytes
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SaveSnapshot:
+class SaveSnapshot(Value, frozen=True):
     """Persist `snapshot`, the state after `slot` of configuration `c`: its new chunks, then its index, durably.
 
     Answer by `Replica.saved(c, slot)`. The runtime keeps it until a `DropSnapshots` names it.
@@ -80,15 +77,13 @@ class SaveSnapshot:
     snapshot: Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class DropSnapshots:
+class DropSnapshots(Value, frozen=True):
     """Forget all persisted snapshots but those of the (c, slot) in `keep`."""
 
     keep: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Value, frozen=True):
     """Tell the controller, through the wormhole's REPORT."""
 
     topic: str

@@ -46,11 +46,11 @@ class Outbox:
         """One message to one peer."""
         self.put(Send(peer, encode(message)))
 
-    def broadcast(self, peers: Iterable[str], message: Frozen) -> None:
-        """One message to many."""
+    def broadcast(self, peers: Iterable[str], message: Frozen, awaited: Callable[[str], bool] = lambda _: True) -> None:
+        """One message to many; `awaited` tells of a peer whether it waits for it."""
         data = encode(message)
         for peer in peers:
-            self.put(Send(peer, data))
+            self.put(Send(peer, data, awaited(peer)))
 
     def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None], *, waits: bool = True) -> None:
         """Ask the KSS, once the log is on the disk or, if it need not wait for that, at once; `then(signature)` when

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from cloudfit_orchestrator.bft.batch import BUNDLE_BYTES
 from cloudfit_orchestrator.bft.messages import BundleBody
-from cloudfit_orchestrator.model.signing import sha256
 
 MAX_BUNDLES = 4096
 MAX_BYTES = 64 << 20
@@ -16,6 +15,7 @@ MAX_BYTES_OF_CLIENT = 8 << 20  # nor by few and large ones
 class Waiting:
     """One bundle."""
 
+    name: bytes  # its `bundle_name`
     data: bytes
     body: BundleBody
     since_s: float
@@ -34,9 +34,8 @@ class Pool:
     def __len__(self) -> int:
         return len(self._bundles)
 
-    def add(self, data: bytes, body: BundleBody, now_s: float) -> bool:
-        """Take a verified bundle in. False if there is no room."""
-        name = sha256(data)
+    def add(self, name: bytes, data: bytes, body: BundleBody, now_s: float) -> bool:
+        """Take a verified bundle in, by its `bundle_name`. False if there is no room."""
         if name in self._bundles:
             return True
         count, size = self._of_client.get(body.client, (0, 0))
@@ -44,21 +43,20 @@ class Pool:
             return False
         if len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES:
             return False
-        self._bundles[name] = self._fresh[name] = Waiting(data, body, now_s)
+        self._bundles[name] = self._fresh[name] = Waiting(name, data, body, now_s)
         self._of_client[body.client] = count + 1, size + len(data)
         self._bytes += len(data)
         return True
 
-    def remove(self, data: bytes) -> None:
+    def remove(self, name: bytes) -> None:
         """The bundle was executed, or will never be."""
-        name = sha256(data)
         waiting = self._bundles.pop(name, None)
         self._fresh.pop(name, None)
         if waiting is not None:
-            self._bytes -= len(data)
+            self._bytes -= len(waiting.data)
             count, size = self._of_client.pop(waiting.body.client)
             if count > 1:
-                self._of_client[waiting.body.client] = count - 1, size - len(data)
+                self._of_client[waiting.body.client] = count - 1, size - len(waiting.data)
 
     def take(self, max_requests: int, max_bytes: int) -> list[bytes]:
         """Bundles for the next batch, oldest first; they are marked as proposed."""

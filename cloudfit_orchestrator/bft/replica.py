@@ -304,9 +304,8 @@ class Replica:
             self._suspicion.progressed(ordering)
             if executed:
                 self._desk.reply(slot, executed)
-            data = ordering.batches.data(digest)
-            if data is not None:
-                self._desk.executed(data)
+            if checked is not None:
+                self._desk.executed(checked)
             if slot % limits.checkpoint_period == 0:
                 execution.checkpoint(ordering.record.c)
                 self._save(ordering.record.c, slot)

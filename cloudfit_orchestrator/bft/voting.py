@@ -9,10 +9,10 @@ from collections import Counter, OrderedDict
 from cloudfit_orchestrator.bft.clients import reply_root
 from cloudfit_orchestrator.bft.messages import Replies, Result, reply_leaf
 from cloudfit_orchestrator.model.record import ConfigRecord
-from cloudfit_orchestrator.model.signing import Verifier, sha256
+from cloudfit_orchestrator.model.signing import DIGEST_BYTES, Verifier, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
-MAX_ANSWERED = 8192  # answers remembered, by digest, to convict those who come later
+MAX_ANSWERED = 8192  # answers remembered to convict those who come later
 MAX_HELD = 256  # messages that wait for an equal one of another member; then they are counted number by number
 MAX_PATH = 64  # Merkle siblings; a slot has far fewer than 2**64 clients
 
@@ -27,7 +27,8 @@ class Votes:
         self._verifier = verifier
         self._open: dict[int, dict[int, dict[str, bytes]]] = {}  # number -> c -> replica -> result
         self._held: dict[tuple[int, bytes], tuple[tuple[Result, ...], set[str]]] = {}  # (c, leaf): who said all that
-        self._answered: OrderedDict[int, tuple[int, bytes]] = OrderedDict()  # number -> (c, digest of the result)
+        self._answered: OrderedDict[int, tuple[int, bytes]] = OrderedDict()  # number -> (c, result as `_brief` has it)
+        self._told: OrderedDict[tuple[int, bytes], None] = OrderedDict()  # (c, leaf) of messages that answered all
         self.newest_c = 0
         self.unknown_c: int | None = None  # a later configuration that a reply spoke of
         self.lies: Counter[str] = Counter()
@@ -57,9 +58,9 @@ class Votes:
             if replies.c > self.newest_c:
                 self.unknown_c = replies.c  # unproved: only a reason to look
             return {}
-        if all(self._said_already(record, result) for result in replies.results):
-            return {}  # tells nothing new, so it need not prove itself
         leaf = reply_leaf(self._client, replies.results)
+        if (record.c, leaf) in self._told or all(self._said_already(record, result) for result in replies.results):
+            return {}  # tells nothing new, so it need not prove itself
         if not self._proved(record, replies, leaf):
             self.unsigned[came_from] += 1
             return {}
@@ -69,6 +70,9 @@ class Votes:
         if len(same) <= record.f:
             return {}
         del self._held[record.c, leaf]
+        self._told[record.c, leaf] = None
+        if len(self._told) > MAX_HELD:
+            self._told.popitem(last=False)
         return {result.number: self._settle(record, result) for result in replies.results}
 
     def _hold(self, name: tuple[int, bytes], replies: Replies) -> set[str] | None:
@@ -105,13 +109,13 @@ class Votes:
     def _settle(self, record: ConfigRecord, result: Result) -> bytes:
         """It is answered; what others say of it later is compared."""
         self._open.pop(result.number, None)
-        self._answered[result.number] = record.c, sha256(result.result)
+        self._answered[result.number] = record.c, _brief(result.result)
         if len(self._answered) > MAX_ANSWERED:
             self._answered.popitem(last=False)
         return result.result
 
     def _said_already(self, record: ConfigRecord, result: Result) -> bool:
-        return self._answered.get(result.number) == (record.c, sha256(result.result))
+        return self._answered.get(result.number) == (record.c, _brief(result.result))
 
     def _proved(self, record: ConfigRecord, replies: Replies, leaf: bytes) -> bool:
         member = record.member(replies.replica)
@@ -125,7 +129,7 @@ class Votes:
     def _count(self, record: ConfigRecord, replica: str, number: int, result: bytes) -> bytes | None:
         answered = self._answered.get(number)
         if answered is not None:
-            if answered[0] == record.c and answered[1] != sha256(result):
+            if answered[0] == record.c and answered[1] != _brief(result):
                 self.lies[replica] += 1
             return None
         votes = self._open.get(number)
@@ -141,3 +145,8 @@ class Votes:
         for liar in given.keys() - set(equal):
             self.lies[liar] += 1
         return self._settle(record, Result(number, result))
+
+
+def _brief(result: bytes) -> bytes:
+    """What is remembered of a result: itself, or its digest and one byte more, if that is shorter."""
+    return result if len(result) <= DIGEST_BYTES else b"#" + sha256(result)

@@ -23,8 +23,10 @@ class Written:
 
     def note(self, keys: Iterable[bytes], slot: int) -> None:
         """`keys` were written in `slot`."""
+        last, classes = self._last, self.CLASSES
         for key in keys:
-            self._last[zlib.crc32(key) % self.CLASSES] = self._any = slot
+            last[zlib.crc32(key) % classes] = slot
+            self._any = slot
 
     def last(self, keys: Iterable[bytes]) -> int:
         """The last slot in which one of `keys`, or one of its class, was written."""

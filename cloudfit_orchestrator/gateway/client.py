@@ -32,6 +32,7 @@ from cloudfit_orchestrator.gateway.reads import Reads
 from cloudfit_orchestrator.guest.dialler import Dialler
 from cloudfit_orchestrator.guest.links import SendQueue
 from cloudfit_orchestrator.guest.tls import Credentials
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, TemporaryError
 from cloudfit_orchestrator.model.record import Client as Admitted
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, check_confirmations, open_record
@@ -43,7 +44,7 @@ RESEND_LAST_S = 8.0
 FIRST_AWAY_S = 5.0  # a replica that let a request wait is not asked first for so long; doubles each time
 LAST_AWAY_S = 300.0
 DEADLINE_S = 30.0  # of one request
-CHECK_S = 0.05
+CHECK_S = 0.1  # between two looks for what is late
 REFRESH_S = 1.0  # between two looks for a newer configuration
 MAX_QUEUE = 8 << 20  # bytes that wait for one replica
 MAX_WAITING = 100_000  # requests accepted and not answered yet
@@ -140,6 +141,7 @@ class Client:
         self._bundles: deque[_Bundle] = deque()
         self._of_number: dict[int, _Bundle] = {}
         self._flushing = False
+        self._turn = Turn()
         self._tasks: list[asyncio.Task[None]] = []
         self._reads = Reads(self._public, self._verifier, lambda: self._record, self._to_all)
         self.counters: Counter[str] = Counter()
@@ -208,8 +210,9 @@ class Client:
 
     def _flush(self) -> None:
         self._flushing = False
-        while self._outbox and (chosen := self._choose()):
-            self._send_bundle(chosen)
+        with self._turn:
+            while self._outbox and (chosen := self._choose()):
+                self._send_bundle(chosen)
 
     def _choose(self) -> list[tuple[int, _Waiting]]:
         """Requests for the next bundle: as many as fit it, the client's window, and one batch."""
@@ -421,4 +424,5 @@ class Client:
             limit=MAX_PEER_FRAME,
             queue=SendQueue(MAX_QUEUE, self.counters, f"dropped for {replica}"),
             counters=self.counters,
+            turn=self._turn,
         )

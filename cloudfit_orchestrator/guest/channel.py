@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudfit_orchestrator.guest.ports import FIRST_WAIT_S, LAST_WAIT_S, Port
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.channel import MAX_AGENT_FRAME, ErrorCode, FrameKind, FrameReader, frame, hello
 from cloudfit_orchestrator.model.errors import BadError, RefusedError, UnknownError
 
@@ -56,9 +57,10 @@ Answered = Callable[[bytes | WormholeRefusedError | ChannelLostError], None]  # 
 class Channel:
     """One connection at a time, made again for ever. Run `run()` as a task."""
 
-    def __init__(self, port: Port, handlers: Handlers) -> None:
-        """Nothing happens before `run`."""
+    def __init__(self, port: Port, handlers: Handlers, turn: Turn | None = None) -> None:
+        """Nothing happens before `run`. What is asked in a `turn` goes out at its end."""
         self._port = port
+        self._turn = turn or Turn()
         self._handlers = handlers
         self._waiting: deque[tuple[int, FrameKind, Answered]] = deque()
         self._stream: _FdStream | None = None
@@ -102,7 +104,7 @@ class Channel:
         """Open, greet, read; again after each loss, with a bounded back-off. Ends only when cancelled."""
         wait_s = FIRST_WAIT_S
         while True:
-            stream = _FdStream(await self._port.open())
+            stream = _FdStream(await self._port.open(), self._turn)
             try:
                 await self._serve(stream)
             except (BadError, OSError, TimeoutError, EOFError) as error:
@@ -117,18 +119,23 @@ class Channel:
     async def _serve(self, stream: "_FdStream") -> None:
         greeting = secrets.randbelow(0xFFFFFFFF) + 1
         reader = FrameReader(MAX_AGENT_FRAME, welcome=greeting)
-        stream.write(hello(greeting))
-        deadline = asyncio.get_running_loop().time() + GREETING_TIMEOUT_S
-        while True:
-            async with asyncio.timeout_at(None if self._stream else deadline):
-                data = await stream.read()
+        late = asyncio.get_running_loop().call_later(GREETING_TIMEOUT_S, stream.fail, TimeoutError())
+
+        def received(data: bytes) -> None:
             for kind, request, body in reader.feed(data):
                 if self._stream is None:
                     welcome = _json(body)
+                    late.cancel()
                     self._stream = stream
                     self._handlers.opened(welcome)
                 else:
                     self._frame(kind, request, body)
+
+        stream.write(hello(greeting))
+        try:
+            await stream.serve(received)
+        finally:
+            late.cancel()
 
     def _frame(self, kind: int, request: int, body: bytes) -> None:
         if request == 0:
@@ -173,33 +180,36 @@ def _json(body: bytes) -> dict[str, Any]:
 class _FdStream:
     """Reads and writes a non-blocking descriptor of any kind that can be polled (asyncio's pipes refuse some)."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, turn: Turn) -> None:
         self._fd = fd
+        self._turn = turn
         self._loop = asyncio.get_running_loop()
         self._out = bytearray()
-        self._waker: asyncio.Future[None] | None = None
+        self._received: Callable[[bytes], None]
+        self._over: asyncio.Future[None] = self._loop.create_future()
         self._scheduled = False
-        self._loop.add_reader(fd, self._readable)
 
-    async def read(self) -> bytes:
-        """Some bytes. Raises EOFError at the end, OSError."""
-        while True:
-            try:
-                data = os.read(self._fd, _READ_BYTES)
-            except (BlockingIOError, InterruptedError):
-                self._waker = self._loop.create_future()
-                await self._waker
-                continue
-            if not data:
-                raise EOFError("the host closed the channel")
-            return data
+    async def serve(self, received: Callable[[bytes], None]) -> None:
+        """Call `received` with all that comes in, as it comes, until the stream fails: raises why. EOFError: it ended.
+        What `received` raises is a failure, too.
+        """
+        self._received = received
+        self._loop.add_reader(self._fd, self._readable)
+        await self._over
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing more is read; `serve` raises this."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+        if not self._over.done():
+            self._over.set_exception(error)
 
     def write(self, data: bytes) -> None:
-        """Queue; what one loop iteration queues goes out together. Errors show in `read`."""
+        """Queue; what one turn queues goes out together. Errors show in `serve`."""
         self._out += data
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._turn.later(self._flush)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -210,8 +220,17 @@ class _FdStream:
         self._out.clear()
 
     def _readable(self) -> None:
-        if self._waker is not None and not self._waker.done():
-            self._waker.set_result(None)
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+            if data:
+                self._received(data)
+        except (BlockingIOError, InterruptedError):
+            return
+        except Exception as error:  # noqa: BLE001  whoever awaits `serve` gets it
+            self.fail(error)
+        else:
+            if not data:
+                self.fail(EOFError("the host closed the channel"))
 
     def _flush(self) -> None:
         if self._fd < 0 or not self._out:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.errors import BadError
 
 HANDSHAKE_TIMEOUT_S = 10.0  # under TCG a handshake takes tens of milliseconds
@@ -30,8 +31,9 @@ class Dialler:
         limit: int,
         queue: SendQueue,
         counters: Counter[str],
+        turn: Turn,
     ) -> None:
-        """Begins to dial. `received` gets the bodies that come back, of at most `limit` bytes."""
+        """Begins to dial. `received` gets the bodies that come back, of at most `limit` bytes. `turn`: see `Link`."""
         self.peer = peer
         self._directory = Directory(group, [peer])
         self._credentials = credentials
@@ -39,6 +41,7 @@ class Dialler:
         self._limit = limit
         self._queue = queue
         self._counters = counters
+        self._turn = turn
         self._link: Link | None = None
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -47,10 +50,15 @@ class Dialler:
         """Whether a frame sent now would leave now."""
         return self._link is not None
 
-    def send(self, body: bytes) -> None:
-        """Queue a frame."""
+    def send(self, body: bytes, *, soon: bool = True) -> None:
+        """Queue a frame; one that need not go `soon` waits for the next that must, or for `flush`."""
         self._queue.put(body)
-        if self._link is not None:
+        if soon:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, at the end of this turn."""
+        if self._link is not None and self._queue:
             self._link.flush_soon()
 
     def close(self) -> None:
@@ -97,6 +105,7 @@ class Dialler:
             limit=self._limit,
             queue=self._queue,
             counters=self._counters,
+            turn=self._turn,
         )
 
 

@@ -19,17 +19,16 @@ from pathlib import Path
 from cloudfit_orchestrator.bft.effects import Append, DropSnapshots, Rewrite, SaveSnapshot
 from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
 from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError, disk_errors
+from cloudfit_orchestrator.guest.turn import Action, Turn
 from cloudfit_orchestrator.guest.wal import WriteAheadLog
 
 MAX_WAITING_BYTES = 64 << 20  # of log records in memory; `stalled` beyond it: take no more input
 MAX_WAITING_SIGNS = 4096  # statements behind records that are not durable; a full disk may last for days
 MAX_WAITING_SAVES = 4  # snapshots not on disk yet; the oldest gives way, it is never answered
 FULL_RETRY_S = 1.0
-QUICK_SYNC_S = 0.0005  # two switches between threads of a busy interpreter take about that, or much longer
-LINGER_S = 0.005  # what nobody waits for is written with what somebody does, or after so long
-_SMOOTHING = 8  # rounds that the mean duration of a sync remembers
-
-Action = Callable[[], None]
+QUICK_SYNC_S = 0.001  # two switches between threads of a busy interpreter take about that, or much longer
+LINGER_S = 0.1  # what nobody waits for is written with what somebody does, or after so long
+_JUDGED = 8  # rounds of which the quickest tells how quick the disk is: a busy machine makes others slow, not it
 
 
 @dataclass(slots=True)
@@ -43,10 +42,15 @@ class Durable:
     """The state disk of a replica, as the event loop sees it."""
 
     def __init__(
-        self, state: Path, trouble: Callable[[str, str], None], crash: Callable[[BaseException], None]
+        self,
+        state: Path,
+        trouble: Callable[[str, str], None],
+        crash: Callable[[BaseException], None],
+        turn: Turn | None = None,
     ) -> None:
         """Opens what is there. Blocks. `trouble(state, fact)` hears of `full`, `failed` and `ok` (again), `crash` of
-        an error that nobody expected. Raises DiskFullError or DiskFailedError.
+        an error that nobody expected. What one `turn` queues is written at its end. Raises DiskFullError or
+        DiskFailedError.
         """
         with disk_errors("create", state):
             state.mkdir(parents=True, exist_ok=True)
@@ -63,8 +67,9 @@ class Durable:
         self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
         self._log_task: asyncio.Task[None] | None = None
         self._scheduled = False
+        self._turn = turn or Turn()
         self._lingering: asyncio.TimerHandle | None = None
-        self._sync_s = 1.0  # mean duration of a round's writing; slow until it is known to be quick
+        self._rounds_s: deque[float] = deque([1.0], _JUDGED)  # of writing; slow until it is known to be quick
         self._job_task: asyncio.Task[None] | None = None
         self._log_thread = ThreadPoolExecutor(1, "log")
         self._job_thread = ThreadPoolExecutor(1, "snapshots")
@@ -76,9 +81,12 @@ class Durable:
 
     def write(self, effect: Append | Rewrite) -> None:
         """Queue a log operation."""
-        records = (effect.record,) if isinstance(effect, Append) else effect.records
-        self._waiting_bytes += sum(map(len, records))
-        self._queue.append(effect.record if isinstance(effect, Append) else effect)
+        if isinstance(effect, Append):
+            self._waiting_bytes += len(effect.record)
+            self._queue.append(effect.record)
+        else:
+            self._waiting_bytes += sum(map(len, effect.records))
+            self._queue.append(effect)
         if self._log_task is None and self._lingering is None and not self._scheduled and not self.failed:
             self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._start)
 
@@ -127,16 +135,16 @@ class Durable:
             self._lingering = None
         if self._log_task is None and not self._scheduled and not self.failed:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._begin)
+            self._turn.later(self._begin, last=True)
 
     def _begin(self) -> None:
-        """The effects of this turn of the loop are all queued: write them."""
+        """The effects of this turn are all queued: write them."""
         self._scheduled = False
         current: _Round | None = None
         try:
             while self._queue and not self.failed:
                 current = self._next_round()
-                if current.rewrite is not None or self._sync_s > QUICK_SYNC_S or not self._written_here(current):
+                if current.rewrite is not None or min(self._rounds_s) > QUICK_SYNC_S or not self._written_here(current):
                     break
                 self._carry_out(current)
                 current = None
@@ -200,7 +208,7 @@ class Durable:
         elif current.appends:
             began_s = time.perf_counter()
             self.log.append(current.appends)
-            self._sync_s += (time.perf_counter() - began_s - self._sync_s) / _SMOOTHING
+            self._rounds_s.append(time.perf_counter() - began_s)
 
     def _add_job(self, job: tuple[SaveSnapshot, Action] | DropSnapshots) -> None:
         self._jobs.append(job)

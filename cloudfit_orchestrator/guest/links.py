@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.errors import BadError
 
 FRAMES_A_TURN = 32  # of one connection; then the other connections, and time, have their turn
@@ -108,8 +109,11 @@ class Link(asyncio.Protocol):
         limit: int,
         queue: SendQueue,
         counters: Counter[str],
+        turn: Turn,
     ) -> None:
-        """`identify(link, certificate DER)` returns False for a stranger; `received` gets each body after that."""
+        """`identify(link, certificate DER)` returns False for a stranger; `received` gets each body after that. What is
+        sent in a `turn` goes out at its end.
+        """
         self._identify, self._received, self._ended = identify, received, ended
         self._frames = FrameBuffer(limit)
         self._bodies: deque[bytes] = deque()  # read, and not handed on yet
@@ -119,6 +123,7 @@ class Link(asyncio.Protocol):
         self._paused = False
         self._resting = False  # not reading: what was read last is not handed on yet
         self._scheduled = False
+        self._turn = turn
         self.queue = queue
         self.closed = asyncio.get_running_loop().create_future()
 
@@ -170,7 +175,7 @@ class Link(asyncio.Protocol):
         self.flush_soon()
 
     def send(self, body: bytes) -> None:
-        """Queue a frame; what one loop iteration queues goes out together."""
+        """Queue a frame; what one turn queues goes out together."""
         self.queue.put(body)
         self.flush_soon()
 
@@ -189,10 +194,10 @@ class Link(asyncio.Protocol):
         return 0.0 if self._begun_s is None else now_s - self._begun_s
 
     def flush_soon(self) -> None:
-        """Write what is queued, when this loop iteration is over."""
+        """Write what is queued, when this turn is over."""
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._turn.later(self._flush)
 
     def abort(self, reason: str) -> None:
         """Close at once, counting `reason`."""

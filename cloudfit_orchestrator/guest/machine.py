@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import sys
 import time
@@ -64,6 +65,7 @@ def run(program: Callable[[Machine], Coroutine[Any, Any, None]]) -> int:
     arguments = parser.parse_args()
     port: Port = ListeningPort(arguments.channel) if arguments.channel else VirtioPort()
     machine = Machine(port, arguments.state, local=arguments.channel is not None)
+    gc.freeze()  # what is loaded stays: it need not be visited again and again
     try:
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
             runner.run(program(machine))

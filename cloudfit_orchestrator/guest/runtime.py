@@ -38,6 +38,7 @@ from cloudfit_orchestrator.guest.ports import Port
 from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError
 from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import Transport
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.channel import FrameKind
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
@@ -89,9 +90,10 @@ class Welcome:
 class Greeter:
     """The channel, up to the point where somebody uses it: waits for WELCOME, keeps what is pushed meanwhile."""
 
-    def __init__(self, port: Port) -> None:
-        """Starts nothing."""
-        self.channel = Channel(port, Handlers(self._opened, self._lost, self._pushed_record, self._pushed_command))
+    def __init__(self, port: Port, turn: Turn | None = None) -> None:
+        """Starts nothing. `turn`: see `Channel`."""
+        handlers = Handlers(self._opened, self._lost, self._pushed_record, self._pushed_command)
+        self.channel = Channel(port, handlers, turn)
         self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._early: list[tuple[str, Any]] = []
         self._handlers: Handlers | None = None
@@ -164,6 +166,7 @@ class Runtime:
         self._make_transport = make_transport
         self.counters: Counter[str] = Counter()
         self._known: tuple[Any, Any] = (None, None)
+        self._turn = Turn()
         self._pumping = False
         self._ticked_s = -1.0
         self._figures: dict[str, int] = {}
@@ -173,7 +176,7 @@ class Runtime:
         """Run until cancelled. Raises what went wrong and was not expected."""
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
-        greeter = Greeter(self._port)
+        greeter = Greeter(self._port, self._turn)
         self.channel = greeter.channel
         channel_task = self._loop.create_task(greeter.channel.run())
         self.durable = await self._open_disk(greeter)
@@ -186,6 +189,7 @@ class Runtime:
             credentials=await obtain_credentials(greeter.channel),
             from_peer=self._from_peer,
             from_client=self._from_client,
+            turn=self._turn,
         )
         self.replica = Replica(
             group=self.welcome.group,
@@ -197,6 +201,7 @@ class Runtime:
             log=self.durable.log.records(),
             snapshots=snapshots,
         )
+        self._carries = self._ways()
         self.certifier = Certifier(self.welcome.replica, greeter.channel, self.replica, self.call, self.counters)
         await self.transport.listen(host, self.welcome.port)
         self._log("listening", host=host, port=self.welcome.port, cut_bytes=self.durable.log.cut_bytes)
@@ -226,7 +231,7 @@ class Runtime:
 
         while True:
             try:
-                durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash)
+                durable = await asyncio.to_thread(Durable, self._state, self._disk_trouble, self._crash, self._turn)
             except (DiskFullError, DiskFailedError) as error:
                 if str(error) != said:
                     said = str(error)
@@ -293,6 +298,7 @@ class Runtime:
         self.certifier.channel_opened()
         while True:
             self.call(lambda: None)
+            self.transport.flush()
             self._follow_configuration()
             self._say_figures()
             await asyncio.sleep(TICK_S)
@@ -303,35 +309,37 @@ class Runtime:
         if self._over.done():
             return
         try:
-            for effect in self.replica.effects():
-                self.carry_out(effect)
+            with self._turn:
+                for effect in self.replica.effects():
+                    self.carry_out(effect)
             self.certifier.want_session(self.replica.needs_session)
         except Exception as error:  # noqa: BLE001  see `call`
             self._crash(error)
 
     def carry_out(self, effect: Effect) -> None:
         """What each effect demands: see `bft.effects`."""
-        match effect:
-            case Append() | Rewrite():
-                self.durable.write(effect)
-            case Certify():
-                self.durable.after(lambda: self.certifier.certify(effect))
-            case Sign() if not effect.waits:
-                self.certifier.sign(effect)
-            case Sign():
-                self.durable.after(lambda: self.certifier.sign(effect), may_be_lost=True)
-            case EndEpoch():
-                self.durable.after(lambda: self.certifier.end_epoch(effect))
-            case Send():
-                self.transport.send(effect.peer, effect.body)
-            case Answer():
-                self.transport.answer(effect.client, effect.body)
-            case SaveSnapshot():
-                self.durable.save(effect, lambda: self.saved(effect))
-            case DropSnapshots():
-                self.durable.drop(effect)
-            case Report():
-                self._report(effect)
+        self._carries[type(effect)](effect)
+
+    def _ways(self) -> dict[type[Effect], Callable[[Any], None]]:
+        """How each kind of effect is carried out."""
+        return {
+            Append: self.durable.write,
+            Rewrite: self.durable.write,
+            Certify: lambda effect: self.durable.after(lambda: self.certifier.certify(effect)),
+            Sign: self._have_signed,
+            EndEpoch: lambda effect: self.durable.after(lambda: self.certifier.end_epoch(effect)),
+            Send: lambda effect: self.transport.send(effect.peer, effect.body, soon=effect.soon),
+            Answer: lambda effect: self.transport.answer(effect.client, effect.body),
+            SaveSnapshot: lambda effect: self.durable.save(effect, lambda: self.saved(effect)),
+            DropSnapshots: self.durable.drop,
+            Report: self._report,
+        }
+
+    def _have_signed(self, effect: Sign) -> None:
+        if effect.waits:
+            self.durable.after(lambda: self.certifier.sign(effect), may_be_lost=True)
+        else:
+            self.certifier.sign(effect)
 
     def saved(self, effect: SaveSnapshot) -> None:
         """A snapshot is durable."""

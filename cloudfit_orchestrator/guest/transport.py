@@ -14,6 +14,7 @@ from cloudfit_orchestrator.guest.crowd import Crowd
 from cloudfit_orchestrator.guest.dialler import HANDSHAKE_TIMEOUT_S, Dialler
 from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
 from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.record import Client
 
 MAX_PEER_QUEUE = 32 << 20  # bytes that wait for one peer: a few chunks, or a window of batches
@@ -34,12 +35,14 @@ class Transport:
         credentials: Credentials,
         from_peer: Callable[[str, bytes], None],
         from_client: Callable[[bytes, bytes], None],
+        turn: Turn | None = None,
     ) -> None:
-        """Accepts nobody before `configure`."""
+        """Accepts nobody before `configure`. `turn`: see `Link`."""
         self.credentials = credentials
         self.directory = Directory(group)
         self.counters: Counter[str] = Counter()
         self._from_peer, self._from_client = from_peer, from_client
+        self._turn = turn or Turn()
         self._diallers: dict[str, Dialler] = {}
         self._crowd = Crowd(self.counters)
         self._owners: dict[Link, tuple[str | bytes, bytes]] = {}
@@ -73,8 +76,10 @@ class Transport:
                 dialler.close()
                 del self._diallers[peer_id]
 
-    def send(self, peer_id: str, body: bytes) -> None:
-        """Send to a peer, dialling it the first time. May be lost; to an unknown peer it is, and counted."""
+    def send(self, peer_id: str, body: bytes, *, soon: bool = True) -> None:
+        """Send to a peer, dialling it the first time. May be lost; to an unknown peer it is, and counted. What need not
+        go `soon` waits for what must, or for `flush`.
+        """
         peer = self.directory.peers.get(peer_id)
         if peer is None or len(body) > MAX_PEER_FRAME:
             self.counters["not sent: unknown peer" if peer is None else "not sent: too large"] += 1
@@ -82,7 +87,12 @@ class Transport:
         dialler = self._diallers.get(peer_id)
         if dialler is None:
             dialler = self._diallers[peer_id] = self._dialler(peer)
-        dialler.send(body)
+        dialler.send(body, soon=soon)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        for dialler in self._diallers.values():
+            dialler.flush()
 
     def answer(self, client: bytes, body: bytes) -> None:
         """Send to all connections of the client with that raw key."""
@@ -149,6 +159,7 @@ class Transport:
             limit=0,
             queue=SendQueue(MAX_PEER_QUEUE, self.counters, "dropped for a peer"),
             counters=self.counters,
+            turn=self._turn,
         )
 
     def _greeted(self, task: "asyncio.Task[None]") -> None:
@@ -164,6 +175,7 @@ class Transport:
             limit=MAX_PEER_FRAME,
             queue=SendQueue(MAX_CLIENT_QUEUE, self.counters, "dropped for a client"),
             counters=self.counters,
+            turn=self._turn,
         )
 
     def _identify(self, link: Link, certificate: bytes) -> bool:

@@ -114,10 +114,10 @@ class WriteAheadLog:
         return zlib.crc32(record, zlib.crc32(self._salt + len(record).to_bytes(4, "big")))
 
     def _write(self, data: bytes) -> None:
-        self._file.seek(self._end)
-        view = memoryview(data)
+        view, at = memoryview(data), self._end
         while view:
-            view = view[self._file.write(view) :]
+            written = os.pwrite(self._file.fileno(), view, at)
+            view, at = view[written:], at + written
 
     def _sync(self) -> None:
         try:

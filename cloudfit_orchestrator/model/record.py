@@ -54,8 +54,8 @@ def quorums_of(algorithm: str, n: int, f: int, k: int) -> Quorums:
 class Parameters:
     """What members must agree on besides membership."""
 
-    checkpoint_period: int = 64  # K, slots
-    window: int = 256  # L >= K, slots; 4K
+    checkpoint_period: int = 128  # K, slots: what was changed is hashed and saved once for so many
+    window: int = 256  # L >= K, slots; 2K leaves time for a checkpoint, and memory grows with L
     max_batch_requests: int = 1024
     max_batch_bytes: int = 256 << 10  # a window of the largest is 64 MiB, which a small machine's disk and memory hold
     client_window: int = 4096  # W: request numbers per client whose replies are kept

@@ -14,10 +14,7 @@ DIGEST_BYTES = 32
 
 def sha256(*parts: bytes) -> bytes:
     """SHA-256 of the concatenation, 32 bytes. Callers make the concatenation unambiguous."""
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(part)
-    return h.digest()
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def tagged(tag: str, body: bytes) -> bytes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, SIGNATURE_BYTES, field, sha256, tagged
 
+_NO_PAYLOAD = sha256()
 RECENT_UIS = 64  # the wormhole remembers so many; at most so many bodies wait for their UI
 
 
@@ -20,7 +21,7 @@ class UI:
 
 def message_digest(header: bytes, payload: bytes) -> bytes:
     """H(header ‖ H(payload)): large payloads can be left out and fetched by hash (protocol §2)."""
-    return sha256(header, sha256(payload))
+    return sha256(header, sha256(payload) if payload else _NO_PAYLOAD)
 
 
 def ui_bytes(group: str, replica: str, c: int, cv: int, digest: bytes) -> bytes:

@@ -14,26 +14,26 @@ MAX_STORED = MAX_RESULT - 2048  # bytes of a value: it must fit into a result, w
 MAX_LIST_BYTES = MAX_RESULT // 2  # keys and values in one result, framing aside; one entry may be larger
 
 
-class Get(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Get(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Answer: Value."""
 
     key: bytes
 
 
-class Put(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Put(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Answer: Done."""
 
     key: bytes
     value: bytes
 
 
-class Delete(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Delete(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Answer: Done, `changed` being False if the key was not there."""
 
     key: bytes
 
 
-class CompareAndSwap(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class CompareAndSwap(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Set `key` to `value` (None: delete) if it holds `expected` (None: absent). Answer: Done or, if not, Value."""
 
     key: bytes
@@ -41,7 +41,7 @@ class CompareAndSwap(msgspec.Struct, frozen=True, tag=True, array_like=True):
     value: bytes | None
 
 
-class List(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class List(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Entries under `prefix` with keys above `after`, in order, at most `limit`. Answer: Entries."""
 
     prefix: bytes = b""
@@ -49,26 +49,26 @@ class List(msgspec.Struct, frozen=True, tag=True, array_like=True):
     limit: int = MAX_LIST_ENTRIES
 
 
-class Value(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Value(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """What a key holds, None if it is not there."""
 
     value: bytes | None
 
 
-class Done(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Done(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """It was carried out; `changed` says whether the state is another one now."""
 
     changed: bool
 
 
-class Entries(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Entries(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Entries in key order; `more` if there were others behind the last one."""
 
     items: list[tuple[bytes, bytes]]
     more: bool
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
     """Nothing was changed, and will not be by asking again."""
 
     reason: str
@@ -117,13 +117,15 @@ class KvService:
         return _encoder.encode(self._apply(store, decoded)) if isinstance(decoded, Get | List) else None
 
     def _apply(self, store: StateStore, operation: Operation) -> Result:
-        kind = type(operation)
-        key = operation.prefix if isinstance(operation, List) else operation.key
-        if kind is not List and (not key or key.startswith(store.RESERVED)):
-            return Failed("a key must not be empty and must not begin with a zero byte")
+        if isinstance(operation, List):
+            key = operation.prefix
+        else:
+            key = operation.key
+            if not key or key.startswith(store.RESERVED):
+                return Failed("a key must not be empty and must not begin with a zero byte")
         if len(key) > MAX_KEY:
             return Failed(f"a key has at most {MAX_KEY} bytes")
-        return _HANDLERS[kind](store, operation)
+        return _HANDLERS[type(operation)](store, operation)
 
 
 def _get(store: StateStore, operation: Get) -> Result:
@@ -147,11 +149,11 @@ def _compare_and_swap(store: StateStore, operation: CompareAndSwap) -> Result:
 
 def _write(store: StateStore, key: bytes, value: bytes | None) -> Result:
     if value is None:
-        return Done(store.delete(key))
+        return _CHANGED if store.delete(key) else _UNCHANGED
     if len(value) > MAX_STORED:
         return Failed(f"a value has at most {MAX_STORED} bytes")
     try:
-        return Done(store.put(key, value))
+        return _CHANGED if store.put(key, value) else _UNCHANGED
     except BadInputError as error:
         return Failed(error.fact)
 
@@ -168,7 +170,8 @@ def _list(store: StateStore, operation: List) -> Result:
     return Entries(items, more=False)
 
 
-_DONE = {changed: _encoder.encode(Done(changed)) for changed in (False, True)}  # most results: made once
+_CHANGED, _UNCHANGED = Done(changed=True), Done(changed=False)  # most results: made and encoded once
+_DONE = {done.changed: _encoder.encode(done) for done in (_UNCHANGED, _CHANGED)}
 _HANDLERS: dict[type, Callable[[StateStore, Any], Result]] = {
     Get: _get,
     Put: _put,

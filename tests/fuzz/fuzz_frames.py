@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from cloudfit_orchestrator.guest.links import Link, SendQueue
+from cloudfit_orchestrator.guest.turn import Turn
 from tests.fuzz.choices import Choices
 
 LIMIT = 64
@@ -62,6 +63,7 @@ async def _run(data: bytes) -> None:
         limit=LIMIT,
         queue=SendQueue(LIMIT, counters, "dropped"),
         counters=counters,
+        turn=Turn(),
     )
     link.connection_made(wire)
     for i in range(0, len(stream), size):

@@ -6,7 +6,7 @@ from cloudfit_orchestrator.bft.messages import NOOP
 from cloudfit_orchestrator.bft.usig.merge import Proposal, slots_of
 from cloudfit_orchestrator.bft.usig.messages import Commit, Header, Prepare, Skip, StreamMessage, decode_header
 from cloudfit_orchestrator.bft.usig.slots import Slots
-from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Citation, Stream
+from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Citation, Stream, Waiting
 from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
@@ -55,7 +55,7 @@ class Citations:
                 except BadError:
                     continue
                 if stream.wants(entry.cv):
-                    stream.wait(message)
+                    stream.wait(Waiting(message, carried, message.digest))
             if not isinstance(carried, Prepare | Skip) or carried.g != header.g or carried.c != header.c:
                 continue
             ends = (carried.s, carried.s) if isinstance(carried, Prepare) else (carried.s1, carried.s2)

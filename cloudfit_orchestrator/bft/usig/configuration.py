@@ -21,6 +21,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
     Discarded,
+    Header,
     NewView,
     Prepare,
     Req,
@@ -33,7 +34,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_merge,
 )
 from cloudfit_orchestrator.bft.usig.slots import Slots
-from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, bare
+from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, bare, waiting
 from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
@@ -55,6 +56,7 @@ class Configuration:
         self.replaying = False  # the own log is read again: what is in it was judged before it was logged
         self._stands = False  # the message under judgement precedes an attested STABLE, so it stands (R4)
         self._window = record.parameters.window
+        self._usig_keys = {member.replica: member.usig_key for member in record.members}
         self.checker = BundleChecker(record, verifier)
         self.statements = Statements(record, verifier)
         self.attestations = Attestations(record)
@@ -85,11 +87,10 @@ class Configuration:
 
     def certified(self, replica: str, cv: int, digest: bytes, certificate: bytes) -> bool:
         """Whether the USIG of that member certified (cv, digest) in this configuration."""
-        member = self.record.member(replica)
-        if member is None or not 0 < cv < 1 << 63:
+        key = self._usig_keys.get(replica)
+        if key is None or not 0 < cv < 1 << 63:
             return False
-        message = ui_bytes(self.record.group, replica, self.record.c, cv, digest)
-        return self._verifier.verify(member.usig_key, message, certificate)
+        return self._verifier.verify(key, ui_bytes(self.record.group, replica, self.record.c, cv, digest), certificate)
 
     def offer(self, message: StreamMessage) -> Offered:
         """Buffer a stream message."""
@@ -98,10 +99,12 @@ class Configuration:
             return Offered.BAD
         if not stream.wants(message.cv):
             return Offered.NOT_WANTED
-        if not self.genuine(message):
+        digest = message.digest
+        if not self.certified(message.replica, message.cv, digest, message.certificate):
             return Offered.BAD
-        stream.wait(bare(message))
-        self._peek(message)
+        item = waiting(message, digest)
+        stream.wait(item)
+        self._peek(item.message, item.header)
         return Offered.TAKEN
 
     def offer_batch(self, data: bytes, named_by: bytes = b"") -> bytes | None:
@@ -201,17 +204,14 @@ class Configuration:
             return False
         for proof in message.attestation:
             if proof.c == self.record.c and self.genuine(proof):
-                self._peek(proof)
+                item = waiting(proof)
+                self._peek(item.message, item.header)
         return self._jump(stream, stable)
 
-    def _peek(self, message: StreamMessage) -> None:
+    def _peek(self, message: StreamMessage, header: Header | None) -> None:
         """A STABLE is a signed statement already: its attestations and its certificate hold before it is processed,
         which may have to wait for just that.
         """
-        try:
-            header = decode_header(message.header)
-        except BadError:
-            return
         if isinstance(header, Stable) and header.c == self.record.c:
             self.attestations.add(message, header)
             newest = self.statements.newest
@@ -245,13 +245,15 @@ class Configuration:
         while moved:
             moved = False
             for stream in self.streams.values():
-                while self._step(stream, done):
+                while stream.cursor + 1 in stream.waiting and self._step(stream, done):
                     moved = True
         self.citations.settle()
         for replica, stream in self.streams.items():  # a vote whose log was jumped over: whoever holds it can prove it
-            target = WEDGE if stream.state.wedged else stream.state.v
-            if stream.state.v > stream.state.e and not self.votes.has(replica, target):
-                self.wanted.views.add(target)
+            state = stream.state
+            if state.v > state.e:
+                target = WEDGE if state.wedged else state.v
+                if not self.votes.has(replica, target):
+                    self.wanted.views.add(target)
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking
@@ -259,14 +261,13 @@ class Configuration:
         return done
 
     def _step(self, stream: Stream, done: list[Kept]) -> bool:
-        """Process the next message of a stream, if it is there and can be judged."""
+        """Process the next message of a stream, which is there, if it can be judged."""
         cv = stream.cursor + 1
-        message = stream.waiting.get(cv)
-        if message is None or stream.ended is not None:
+        item = stream.waiting[cv]
+        message, header = item.message, item.header
+        if stream.ended is not None:
             return False
-        try:
-            header = decode_header(message.header)
-        except BadError:
+        if header is None:
             self._end(stream, cv, "form: header does not decode")
             return False
         self._stands = self.replaying or cv < self.attestations.attested(stream.replica)
@@ -283,7 +284,7 @@ class Configuration:
                 return False
         stream.unwait(cv)
         entries = self.citations.read(header) if isinstance(header, Commit) else ()
-        kept = Kept(message, header, message.digest, outcome, entries)
+        kept = Kept(message, header, item.digest, outcome, entries)
         if isinstance(header, ViewChange | Wedge):
             self.votes.keep(stream, kept)
         stream.accept(kept)

@@ -66,6 +66,7 @@ class Attestations:
         self._f = record.f
         self._members = {member.replica for member in record.members}
         self._said: dict[str, dict[str, tuple[int, StreamMessage]]] = {}  # owner -> attester -> (counter, its STABLE)
+        self._attested: dict[str, int] = {}
 
     def add(self, message: StreamMessage, stable: Stable) -> None:
         """A STABLE whose UI holds, of whatever stream, ended or not: it is a signed statement."""
@@ -74,13 +75,14 @@ class Attestations:
                 of_owner = self._said.setdefault(named.replica, {})
                 if named.cv > of_owner.get(message.replica, (0, None))[0]:
                     of_owner[message.replica] = (named.cv, message)
+                    said = sorted((cv for cv, _ in of_owner.values()), reverse=True)
+                    self._attested[named.replica] = said[self._f - 1] if 0 < self._f <= len(said) else 0
 
     def attested(self, owner: str) -> int:
         """The highest counter such that f others attest `owner`'s STABLEs up to it."""
         if self._f == 0:
             return (1 << 63) - 1
-        said = sorted((cv for cv, _ in self._said.get(owner, {}).values()), reverse=True)
-        return said[self._f - 1] if len(said) >= self._f else 0
+        return self._attested.get(owner, 0)
 
     def proof(self, owner: str, cv: int) -> tuple[StreamMessage, ...]:
         """F STABLEs of others that attest `owner`'s STABLE at `cv`; empty if there are not so many."""

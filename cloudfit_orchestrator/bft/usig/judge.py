@@ -7,10 +7,12 @@ ends its stream: for every judge, for good. Not knowing is not ending: a missing
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from cloudfit_orchestrator.bft.messages import Signed
+from msgspec.structs import replace
+
+from cloudfit_orchestrator.bft.messages import Signed, Value
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
@@ -32,8 +34,7 @@ MAX_PER_MEMBER_BYTES = 2048  # a signature, a vector's entry, a name, a RETIRE o
 WEDGED_VIEW = (1 << 63) - 1  # the v of a wedged stream: above all views of its configuration
 
 
-@dataclass(frozen=True, slots=True)
-class StreamState:
+class StreamState(Value, frozen=True):
     """All that the rules read of a stream's past (protocol §3). A STABLE states it, so a judge may start there."""
 
     h: int  # slot of the last STABLE
@@ -180,7 +181,7 @@ def _ordering(
         return Broken("R1: not the view entered last, or a later VIEW-CHANGE stands before it")
     if state.since >= 2 * window:
         return Broken("form: more than 2L messages since the last STABLE or view message")
-    moved = replace(state, since=state.since + 1)
+    since = state.since + 1
     if isinstance(header, Commit):
         if not 1 <= len(header.entries) <= window:
             return Broken("form: COMMIT with no entry, or more than L")
@@ -188,7 +189,7 @@ def _ordering(
             return Broken("R2: vote beyond h'+L")
         if state.cited + len(header.entries) > 2 * window:
             return Broken("form: more than 2L votes since the last STABLE or view message")
-        return replace(moved, cited=state.cited + len(header.entries))
+        return replace(state, since=since, cited=state.cited + len(header.entries))
     first, last = (header.s, header.s) if isinstance(header, Prepare) else (header.s1, header.s2)
     turn = proposers(record, header.g, state.blacklist, state.retired)
     if first > last or turn[first % len(turn)] != replica or turn[last % len(turn)] != replica:
@@ -197,7 +198,7 @@ def _ordering(
         return Broken("R3: proposals go upwards")
     if last > state.h + window:
         return Broken("R2: proposal beyond h'+L")
-    return replace(moved, p=last)
+    return replace(state, since=since, p=last)
 
 
 def _stable(state: StreamState, header: Stable, known: Evidence) -> StreamState | Broken:

@@ -9,15 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cloudfit_orchestrator.bft.messages import NOOP, Named
+from cloudfit_orchestrator.bft.messages import NOOP, Named, Value
 from cloudfit_orchestrator.bft.usig.judge import StreamState, proposers
 from cloudfit_orchestrator.bft.usig.messages import Choice, Commit, CommitNewView, NewView, Prepare, Skip, StreamMessage
 from cloudfit_orchestrator.bft.usig.stream import Kept
 from cloudfit_orchestrator.model.record import Algorithm, ConfigRecord
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(Value, frozen=True):
     """A PREPARE or SKIP for slot s of view g, at counter `cv` of `proposer`'s stream."""
 
     g: int

@@ -1,6 +1,6 @@
 """The USIG engine as a replica sees it (`bft.ordering`): streams that are judged, and the own one that is spoken."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cloudfit_orchestrator.bft.effects import Certify
 from cloudfit_orchestrator.bft.journal import LogBatch
@@ -25,14 +25,16 @@ from cloudfit_orchestrator.bft.usig.judge import initial, leader, proposers
 from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
 from cloudfit_orchestrator.bft.usig.messages import (
     MESSAGES,
+    Commit,
     Discarded,
     EpochEndMessage,
+    Header,
     LogProof,
     Prepare,
     StreamMessage,
     decode_header,
 )
-from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, bare
+from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, bare, waiting
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import BadError
@@ -183,10 +185,20 @@ class UsigOrdering(Ordering):
             self._out.journal(LogUI(c, cv, certificate))
             header = decode_header(body[0])
             data = self.batches.data(header.batch) if isinstance(header, Prepare) else None
-            self._out.broadcast(self._at.others, StreamMessage(c, me, cv, *body, certificate, data or b""))
+            said = StreamMessage(c, me, cv, *body, certificate, data or b"")
+            self._out.broadcast(self._at.others, said, self._awaited(header))
         stream = self.configuration.streams[me]
         if stream.wants(cv):
-            stream.wait(message)
+            stream.wait(waiting(message))
+
+    def _awaited(self, header: Header) -> Callable[[str], bool]:
+        """Who waits for such a message of ours: where two votes decide, a COMMIT's proposer; everyone else has the
+        proposal and the own vote.
+        """
+        if not isinstance(header, Commit) or self.record.quorums.commit > 2:
+            return lambda _: True
+        waiting_for_it = {entry.proposer for entry in header.entries}
+        return lambda peer: replica_of(peer) in waiting_for_it
 
     def refused(self, code: ErrorCode) -> None:
         """See `Ordering`."""
@@ -239,7 +251,7 @@ class UsigOrdering(Ordering):
             case LogMessage() if entry.message.c == c:
                 stream = configuration.streams.get(entry.message.replica)
                 if stream is not None and stream.wants(entry.message.cv):
-                    stream.wait(entry.message)  # its UI was verified before it was logged
+                    stream.wait(waiting(entry.message))  # its UI was verified before it was logged
             case LogAnchor() if entry.message.c == c:
                 configuration.restore_anchor(entry.message)
             case LogView() if entry.message.c == c:
@@ -312,7 +324,7 @@ class UsigOrdering(Ordering):
             self._at.progress_s = self._out.now_s
         if len(voice.pending) < COMMIT_PIPELINE:
             voice.commit()
-        while (slot := voice.propose_slot(self._at.execution.slot)) is not None:
+        while self._at.pool.unproposed and (slot := voice.propose_slot(self._at.execution.slot)) is not None:
             digest = take_batch(slot)
             if digest is None:
                 break

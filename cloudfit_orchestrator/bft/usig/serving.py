@@ -42,7 +42,7 @@ def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Froz
             waiting = stream.waiting.get(cv)
             if waiting is None or stream.ended is not None:
                 return
-            message = waiting
+            message = waiting.message
         else:
             message = with_batch(configuration, kept)
         size += len(message.header) + len(message.payload) + len(message.batch)

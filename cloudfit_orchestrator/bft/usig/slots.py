@@ -33,8 +33,7 @@ class Slots:
         """A PREPARE or SKIP stands; it is its proposer's vote."""
         if proposal.s <= self.floor:
             return
-        slot = self._slots.setdefault(proposal.s, _Slot())
-        slot.proposals[proposal.g] = proposal
+        self._slot(proposal.s).proposals[proposal.g] = proposal
         self._tops[proposal.g] = max(proposal.s, self._tops.get(proposal.g, 0))
         self.highest = max(self.highest, proposal.s)
         self.vote(proposal, proposal.proposer)
@@ -43,8 +42,7 @@ class Slots:
         """`voter`'s stream votes for a proposal that stands."""
         if proposal.s <= self.floor:
             return
-        slot = self._slots.setdefault(proposal.s, _Slot())
-        voters = slot.voters.setdefault(proposal.g, set())
+        voters = self._slot(proposal.s).voters.setdefault(proposal.g, set())
         voters.add(voter)
         if len(voters) >= self._quorum:
             self.decide(proposal.s, proposal.batch)
@@ -63,11 +61,17 @@ class Slots:
         """Slot s is decided for good. Raises AgreementError if it was decided otherwise."""
         if s <= self.floor:
             return
-        slot = self._slots.setdefault(s, _Slot())
+        slot = self._slot(s)
         if slot.decided is not None and slot.decided != batch:
             raise AgreementError(f"slot {s} decided as {slot.decided.hex()[:16]} and as {batch.hex()[:16]}")
         slot.decided = batch
         self.highest_decided = max(self.highest_decided, s)
+
+    def _slot(self, s: int) -> _Slot:
+        slot = self._slots.get(s)
+        if slot is None:
+            slot = self._slots[s] = _Slot()
+        return slot
 
     def decision(self, s: int) -> bytes | None:
         """The digest decided for slot s, or None."""

@@ -7,16 +7,25 @@ the newest attested STABLE that may start a log is dropped; what is ahead of a g
 from dataclasses import dataclass
 from enum import Enum
 
-from cloudfit_orchestrator.bft.messages import Named
+from cloudfit_orchestrator.bft.messages import Named, Value
 from cloudfit_orchestrator.bft.usig.judge import StreamState
-from cloudfit_orchestrator.bft.usig.messages import Choice, Header, NewView, Prepare, Skip, Stable, StreamMessage
+from cloudfit_orchestrator.bft.usig.messages import (
+    Choice,
+    Header,
+    NewView,
+    Prepare,
+    Skip,
+    Stable,
+    StreamMessage,
+    decode_header,
+)
+from cloudfit_orchestrator.model.errors import BadError
 
 MAX_AHEAD = 2048  # counters beyond the cursor that may wait: several windows of an honest sender
-MAX_WAITING_BYTES = 16 << 20  # of headers and payloads that wait; a NEW-VIEW with a full window is 20 KiB
+MAX_WAITING_BYTES = 16 << 20  # of headers and payloads that wait (and decoded thrice that); a full NEW-VIEW: 20 KiB
 
 
-@dataclass(frozen=True, slots=True)
-class Citation:
+class Citation(Value, frozen=True):
     """A COMMIT entry that is what it claims: its UI is the proposer's. It counts if the proposal stands."""
 
     proposer: str
@@ -24,8 +33,7 @@ class Citation:
     header: Prepare | Skip
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Value, frozen=True):
     """A processed message that stands, and the state after it."""
 
     message: StreamMessage
@@ -43,6 +51,23 @@ class NewViewKept:
     header: NewView
     choices: tuple[Choice, ...]
     logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
+
+
+class Waiting(Value, frozen=True):
+    """A message whose UI holds, before its turn, decoded once. `header`: None if it does not decode."""
+
+    message: StreamMessage
+    header: Header | None
+    digest: bytes
+
+
+def waiting(message: StreamMessage, digest: bytes | None = None) -> Waiting:
+    """What is to be remembered of a message, without its batch, until its turn comes."""
+    try:
+        header: Header | None = decode_header(message.header)
+    except BadError:
+        header = None
+    return Waiting(bare(message), header, message.digest if digest is None else digest)
 
 
 class Offered(Enum):
@@ -65,7 +90,7 @@ class Stream:
         self.end_rule = ""
         self.held = ""  # why the message after the cursor waits, if it does
         self.kept: dict[int, Kept] = {}
-        self.waiting: dict[int, StreamMessage] = {}
+        self.waiting: dict[int, Waiting] = {}
         self.last_stable = Named(replica, 0, start_digest)
         self.base_state = start  # the state before the first kept message
         self.base = 0  # the counter before the first kept message
@@ -82,21 +107,21 @@ class Stream:
         """Whether a message with that counter is of use."""
         return self.ended is None and self.cursor < cv <= self.cursor + MAX_AHEAD and cv not in self.waiting
 
-    def wait(self, message: StreamMessage) -> bool:
+    def wait(self, item: Waiting) -> bool:
         """Buffer a message whose UI was verified. False if there is no room."""
+        message = item.message
         size = len(message.header) + len(message.payload)
         if message.cv != self.cursor + 1 and self._waiting_bytes + size > MAX_WAITING_BYTES:
             return False
-        self.waiting[message.cv] = message
+        self.waiting[message.cv] = item
         self._waiting_bytes += size
         return True
 
-    def unwait(self, cv: int) -> StreamMessage | None:
+    def unwait(self, cv: int) -> None:
         """Take a message out of the buffer."""
-        message = self.waiting.pop(cv, None)
-        if message is not None:
-            self._waiting_bytes -= len(message.header) + len(message.payload)
-        return message
+        item = self.waiting.pop(cv, None)
+        if item is not None:
+            self._waiting_bytes -= len(item.message.header) + len(item.message.payload)
 
     def accept(self, kept: Kept) -> None:
         """The next message stands."""

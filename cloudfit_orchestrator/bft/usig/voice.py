@@ -135,6 +135,8 @@ class Voice:
     def stable(self, holds: Callable[[int, bytes], bool]) -> None:
         """STABLE at the newest certificate above the own window, if the own state agrees (`holds(slot, digest)`)."""
         statements = self._configuration.statements
+        if statements.newest is None or statements.newest.slot <= self.tail.h:
+            return
         for slot in sorted(statements.certificates, reverse=True):
             if slot <= self.tail.h or not self.room or self.tail.wedged:
                 return
@@ -161,6 +163,8 @@ class Voice:
 
     def view_change(self) -> None:
         """Join the highest view that f+1 members ask for."""
+        if not self._configuration.statements.requests:
+            return
         target, certificate = self._configuration.statements.view_wanted()
         if self.room and not self.tail.wedged and target > max(self.tail.v, self.tail.e):
             self._emit(ViewChange(self._record.c, target, certificate, tuple(self.retires.values())))
@@ -184,9 +188,9 @@ class Voice:
 
     def commit_new_view(self) -> None:
         """Enter the highest view that has a NEW-VIEW, once its batches are held."""
-        if not self.room or self.tail.wedged:
-            return
         views = self._configuration.new_views
+        if not views or not self.room or self.tail.wedged:
+            return
         for g in sorted((g for g in views if g > self.tail.e and g >= self.tail.v), reverse=True):
             view = views[g]
             message = view.message
@@ -211,7 +215,7 @@ class Voice:
 
     def commit(self) -> None:
         """COMMIT to the proposals of the current view that are ready."""
-        if not self.room or not self.active:
+        if not self._queue or not self.room or not self.active:
             return
         last = self.tail.h + self._record.parameters.window
         entries: list[Entry] = []
@@ -274,7 +278,7 @@ class Voice:
 
     def skip(self) -> None:
         """Propose no-ops for own slots below the highest proposal of the view, so that nobody waits for them."""
-        if not self.room or not self.active:
+        if self._configuration.slots.top(self.tail.e) <= self.tail.p or not self.room or not self.active:
             return
         top = min(self._configuration.slots.top(self.tail.e), self.tail.h + self._record.parameters.window)
         first = self._next_own()

@@ -7,6 +7,7 @@ by a patch, where the damage must show. So each test proves that its rule is wha
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from cloudfit_orchestrator.bft.messages import NOOP
 from cloudfit_orchestrator.bft.ordering import AgreementError
@@ -39,7 +40,7 @@ def drop_rule(monkeypatch: pytest.MonkeyPatch, name: str, kind: type) -> None:
         outcome = real(record, state, *rest)
         header = rest[2]
         if isinstance(outcome, Broken) and outcome.rule.startswith(name) and isinstance(header, kind):
-            return replace(state, since=state.since + 1)
+            return structs.replace(state, since=state.since + 1)
         return outcome
 
     monkeypatch.setattr(room, "judge", lenient)
@@ -66,7 +67,7 @@ def verdict(judge: Configuration, replica: str) -> tuple[int | None, StreamState
 # ----- R4: a judge who starts at an attested STABLE agrees with one who has read everything
 def patch_stated(monkeypatch: pytest.MonkeyPatch, **unsaid: object) -> None:
     real = room.stated
-    monkeypatch.setattr(room, "stated", lambda stable: replace(real(stable), **unsaid))
+    monkeypatch.setattr(room, "stated", lambda stable: structs.replace(real(stable), **unsaid))
 
 
 @with_and_without

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from cloudfit_orchestrator.bft.messages import Named, Signed, encode
 from cloudfit_orchestrator.bft.usig.judge import (
@@ -70,7 +71,7 @@ class World:
 
 
 def state(**changes: object) -> StreamState:
-    return replace(StreamState(h=2, v=0, e=0, p=2, blacklist=(), retired=()), **changes)
+    return structs.replace(StreamState(h=2, v=0, e=0, p=2, blacklist=(), retired=()), **changes)
 
 
 def entry(s1: int, s2: int | None = None) -> Entry:

@@ -4,7 +4,7 @@ from cloudfit_orchestrator.bft.messages import encode
 from cloudfit_orchestrator.bft.usig import stream as stream_module
 from cloudfit_orchestrator.bft.usig.judge import StreamState, stated
 from cloudfit_orchestrator.bft.usig.messages import Header, Prepare, Stable, StreamMessage
-from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Kept, Stream
+from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Kept, Stream, waiting
 
 START = StreamState(0, 0, 0, 0, (), ())
 WINDOW = 4
@@ -33,7 +33,7 @@ def stream_with(*stables: int | None) -> Stream:
 def test_what_stands_is_what_was_read_before_the_end() -> None:
     stream = stream_with(None, None)
     assert [stream.stands(cv) for cv in (1, 2, 3)] == [True, True, None]
-    stream.wait(message(4))
+    stream.wait(waiting(message(4)))
     stream.end(3, "R1")
     assert [stream.stands(cv) for cv in (2, 3, 10**9)] == [True, False, False]
     assert not stream.waiting
@@ -43,25 +43,25 @@ def test_what_stands_is_what_was_read_before_the_end() -> None:
 def test_only_a_bounded_stretch_ahead_is_wanted() -> None:
     stream = stream_with(None)
     assert [stream.wants(cv) for cv in (0, 1, 2, 1 + MAX_AHEAD, 2 + MAX_AHEAD)] == [False, False, True, True, False]
-    stream.wait(message(3))
+    stream.wait(waiting(message(3)))
     assert not stream.wants(3)
 
 
 def test_bytes_that_wait_are_bounded_but_the_next_message_always_has_room(monkeypatch) -> None:
     monkeypatch.setattr(stream_module, "MAX_WAITING_BYTES", 500)
     stream = stream_with(None)
-    assert stream.wait(message(3, payload=bytes(400)))
-    assert not stream.wait(message(4, payload=bytes(400)))
-    assert stream.wait(message(2, payload=bytes(4000)))
+    assert stream.wait(waiting(message(3, payload=bytes(400))))
+    assert not stream.wait(waiting(message(4, payload=bytes(400))))
+    assert stream.wait(waiting(message(2, payload=bytes(4000))))
     stream.unwait(2)
     stream.unwait(3)
-    assert stream.wait(message(4, payload=bytes(400)))
+    assert stream.wait(waiting(message(4, payload=bytes(400))))
 
 
 def test_a_jump_takes_over_the_stated_state_and_forgets_what_waits_behind() -> None:
     stream = stream_with(None)
     for cv in (3, 5, 7):
-        stream.wait(message(cv))
+        stream.wait(waiting(message(cv)))
     anchor = kept(6, 8)
     stream.jump(anchor)
     assert (stream.cursor, stream.state.h, stream.base) == (6, 8, 5)

@@ -19,6 +19,7 @@ from cloudfit_orchestrator.guest.crowd import FILES_RESERVED, MAX_LINKS_PER_CLIE
 from cloudfit_orchestrator.guest.links import FRAMES_A_TURN, Link, SendQueue
 from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import MAX_HANDSHAKES
+from cloudfit_orchestrator.guest.turn import Turn
 from tests.fuzz.fuzz_frames import Wire
 from tests.unit.guest.helpers import scenario, until
 from tests.unit.guest.test_transport import Node, client_of, dial, ends, nodes
@@ -312,6 +313,7 @@ async def test_one_connection_that_floods_leaves_the_others_their_turn():
             limit=100,
             queue=SendQueue(100, counters, "dropped"),
             counters=counters,
+            turn=Turn(),
         )
         for _ in wires
     )

@@ -52,7 +52,7 @@ async def _shares(tmp_path, monkeypatch):
     assert disk.events == ["nothing before me"]
     disk.gate.clear()
     disk.durable.write(Append(b"0"))
-    await asyncio.sleep(0.05)  # the first round is inside fsync now
+    await asyncio.sleep(module.LINGER_S + 0.05)  # the first round is inside fsync now
     for i in range(1, 50):
         disk.durable.write(Append(b"%d" % i))
         disk.after(i)
@@ -175,3 +175,26 @@ async def _crash(tmp_path, monkeypatch):
 
 def test_an_unexpected_error_is_not_swallowed(tmp_path, monkeypatch):
     _crash(tmp_path, monkeypatch)
+
+
+@scenario
+async def _slow_rounds(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    disk.durable._rounds_s.extend([0.0001, *[1.0] * 7])  # others had the processor
+    disk.durable.write(Append(b"a"))
+    disk.after("a")
+    await asyncio.sleep(0)
+    assert disk.events == ["sync", "a"]  # in the event loop: nothing else had a turn
+    disk.durable._rounds_s.extend([1.0] * 8)
+    disk.gate.clear()
+    disk.durable.write(Append(b"b"))
+    disk.after("b")
+    await asyncio.sleep(0.05)
+    assert disk.events == ["sync", "a"]  # in a thread: the loop is not held up
+    disk.gate.set()
+    await until(lambda: "b" in disk.events)
+    await disk.durable.close()
+
+
+def test_the_quickest_round_tells_how_quick_the_disk_is(tmp_path, monkeypatch):
+    _slow_rounds(tmp_path, monkeypatch)

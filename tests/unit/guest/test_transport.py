@@ -246,3 +246,21 @@ def test_a_full_queue_drops_the_oldest_and_counts_it():
     assert counters["dropped"] == 1
     assert queue.take() == struct.pack(">I", 4) + b"bbbb" + struct.pack(">I", 4) + b"cccc"
     assert queue.take() == b""
+
+
+@scenario
+async def test_what_need_not_go_soon_waits_for_what_must_and_keeps_its_place():
+    async with nodes(Node("r0#1"), Node("r1#2")) as (a, b):
+        for node in (a, b):
+            node.transport.configure([a.peer, b.peer], [])
+        a.transport.send("r1#2", b"first")
+        await until(lambda: b.frames)
+        a.transport.send("r1#2", b"patient", soon=False)
+        await asyncio.sleep(0.05)  # the time in which it must not come
+        assert len(b.frames) == 1
+        a.transport.send("r1#2", b"urgent")
+        await until(lambda: len(b.frames) == 3)
+        a.transport.send("r1#2", b"patient again", soon=False)
+        a.transport.flush()
+        await until(lambda: len(b.frames) == 4)
+        assert [body for _, body in b.frames] == [b"first", b"patient", b"urgent", b"patient again"]

@@ -103,25 +103,19 @@ def test_frames_of_an_older_file_never_pass(tmp_path):
 def test_a_full_disk_changes_nothing_and_passes_when_there_is_room(tmp_path, monkeypatch):
     log = WriteAheadLog(tmp_path / "wal")
     log.append([b"before"])
-    real = log._file.write
+    real, room = os.pwrite, 5
 
-    class Full:
-        room = 5
+    def pwrite(fd, data, offset):
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        n, room = min(room, len(data)), 0
+        return real(fd, data[:n], offset)
 
-        def __getattr__(self, name):
-            return getattr(log_file, name)
-
-        def write(self, data):
-            if not self.room:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            n, self.room = min(self.room, len(data)), 0
-            return real(data[:n])
-
-    log_file = log._file
-    log._file = Full()
+    monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(DiskFullError):
         log.append([b"does not fit"])
-    log._file = log_file
+    monkeypatch.undo()
     assert list(log.records()) == [b"before"]
     log.append([b"after"])
     log.close()
