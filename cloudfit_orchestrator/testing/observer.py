@@ -131,7 +131,8 @@ class Observer:
             for kept in judge.advance():
                 self._note(judge, kept)
             judge.jumps.clear()
-            wanted = [digest for digest in judge.wanted.batches if digest in self._batches]
+            # Sorted: puppets draw from what the judge holds in the order in which it came, and a set's is the process's.
+            wanted = sorted(digest for digest in judge.wanted.batches if digest in self._batches)
             if not wanted:
                 break
             for digest in wanted:

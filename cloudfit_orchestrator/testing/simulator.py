@@ -50,7 +50,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     kind: str = ""  # of the first failure: what the shrinker keeps
     trace: deque[str] = field(default_factory=lambda: deque(maxlen=TRACE_LINES))
-    fingerprint: str = ""  # of all events, in order: equal for equal runs
+    fingerprint: str = ""  # of the trace and the times of all events, in order: equal for equal runs
     answered: int = 0
     virtual_s: float = 0.0
     real_s: float = 0.0
@@ -186,6 +186,7 @@ class Simulation:
         report.virtual_s = self.schedule.now_s()
         report.events = self.schedule.events
         report.real_s = time.monotonic() - started
+        self._hash.update(str(self.schedule.mark).encode())
         report.fingerprint = self._hash.hexdigest()
         report.figures["delivered"] = self.network.delivered
         report.figures["boots"] = sum(machine.boots for machine in self.machines.values())
