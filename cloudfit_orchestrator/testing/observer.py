@@ -131,7 +131,7 @@ class Observer:
             for kept in judge.advance():
                 self._note(judge, kept)
             judge.jumps.clear()
-            # Sorted: puppets draw from what the judge holds in the order in which it came, and a set's is the process's.
+            # Sorted: puppets draw from what the judge holds in the order in which it came, and a set has none.
             wanted = sorted(digest for digest in judge.wanted.batches if digest in self._batches)
             if not wanted:
                 break
