@@ -5,6 +5,7 @@ by event; `campaign.py` runs many seeds, `shrink.py` makes a failed run small.
 """
 
 import argparse
+import gc
 import hashlib
 import random
 import sys
@@ -39,6 +40,7 @@ GROUP = "simulated"
 GENESIS_S = 10.0  # until the first configuration is ACTIVE
 LIVENESS_S = 90.0  # after the healing, until all clients have their answers: some doubled time-outs
 TRACE_LINES = 400  # kept for the report
+YOUNG_OBJECTS = 50_000  # made before Python looks for dead cycles: cores make few, and looking cost a tenth of a run
 MAX_EVENTS = 2_000_000  # of one run: a storm that goes on for ever is a failure, not a slow run
 
 
@@ -336,7 +338,12 @@ class Simulation:
 
 def run(plan: Plan, *, real_keys: bool = False) -> Report:
     """Carry a plan out."""
-    return Simulation(plan, RealKeys() if real_keys else KeyRing()).run()
+    usual = gc.get_threshold()
+    gc.set_threshold(YOUNG_OBJECTS)
+    try:
+        return Simulation(plan, RealKeys() if real_keys else KeyRing()).run()
+    finally:
+        gc.set_threshold(*usual)
 
 
 def simulate(
