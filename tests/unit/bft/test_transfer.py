@@ -250,7 +250,7 @@ class Dripping:
     def drip(self, now_s: float) -> list[Chunk]:
         if not self._asked or now_s < self._due_s:
             return []
-        self._due_s = now_s + 0.95 * RETRY_S
+        self._due_s = now_s + 0.7 * RETRY_S
         return [self._asked.pop(0)]
 
 
