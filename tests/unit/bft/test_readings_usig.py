@@ -190,6 +190,44 @@ def test_a_vote_whose_log_was_jumped_over_is_proved_by_who_holds_it(target: int,
     assert [found.name.replica for found in r0.votes.of(target)] == ["r2"]
 
 
+def test_an_epoch_end_at_a_judge_that_jumped_near_is_proved_by_who_holds_the_log():
+    """EPOCH-END and the whole log are a vote; who had jumped over the log was never shown it, and so could not judge an
+    S that was built on it, nor build one.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4)
+    settled(house)
+    anchor, attested = house.stable("r2", 1), house.stable("r1", 1)
+    house.commit("r2", house.prepare("r0", 0, 2))
+    r0, r1 = jumped(house, anchor, attested), house.full_judge()
+    house.tell(r0, house.streams["r2"][-1:])
+    end = house.epoch_end("r2")
+    for judge in (r0, r1):
+        assert judge.offer_end(end)
+        judge.advance()
+    assert [found.name.replica for found in r1.votes.of(WEDGE)] == ["r2"]
+    assert not r0.votes.of(WEDGE)
+    (log,) = answered(r1)
+    r0.offer_log(log[1:])
+    r0.offer_log(log[:-1])
+    assert not r0.votes.of(WEDGE), "a part of the log is none"
+    assert answer_all(r0, r1)
+    assert [found.name for found in r0.votes.of(WEDGE)] == [found.name for found in r1.votes.of(WEDGE)]
+    names = [found.name for found in r0.votes.of(WEDGE)] + [vote_name(house.wedge("r1"))]
+    for judge in (r0, r1):
+        house.tell(judge, house.streams["r1"])
+    outcomes = [judge.try_merge(judge.votes.named(WEDGE, names)) for judge in (r0, r1)]
+    assert outcomes[0] is not None
+    assert outcomes[0] == outcomes[1]
+
+
+def answered(judge: Configuration) -> list[tuple[StreamMessage, ...]]:
+    return [answer.messages for answer in answer_view(judge, FetchNewView(1, WEDGE)) if isinstance(answer, LogProof)]
+
+
+def vote_name(word: StreamMessage) -> Named:
+    return Named(word.replica, word.cv, word.digest)
+
+
 @pytest.mark.parametrize("told", [0, 2])
 def test_no_peer_makes_a_member_jump_over_a_log_that_it_holds(told: int):
     """Two DISCARDED frames of one faulty peer, a little apart, threw away a correct stream's log ahead of the STABLE
