@@ -17,10 +17,13 @@ from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.testing.disk import SimDisk
 
 CORRUPT_SHARE = 0.3  # of a corrupt disk's chunks
+DRIP_S = 1.9  # between two chunks of one that drips: just before whoever waits for it gives up
 
 
 class SimExporter:
-    """`kind`: sound; corrupt (chunks rotten, missing, or rewritten together with the index); silent."""
+    """`kind`: sound; corrupt (chunks rotten, missing, or rewritten together with the index); silent; dripping (one chunk
+    at a time, as late as it can).
+    """
 
     def __init__(self, name: str, kind: str, rng: random.Random) -> None:
         """Has no disk yet."""
@@ -30,6 +33,7 @@ class SimExporter:
         self._slot = 0
         self._state: Snapshot | None = None
         self._damage: dict[int, bytes | None] = {}  # chunk -> what the disk gives in its place; None: unreadable
+        self.pause_s = DRIP_S if kind == "dripping" else 0.0  # between two answers to one question
         self._lying = kind == "corrupt" and rng.random() < 0.5
 
     def attach(self, disk: SimDisk) -> None:

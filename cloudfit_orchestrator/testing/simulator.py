@@ -260,8 +260,13 @@ class Simulation:
             self.network.send(source, peer, lambda: self._export(exporter, machine, body))
 
     def _export(self, exporter: SimExporter, learner: Machine, body: bytes) -> None:
-        for answer in exporter.answer(body):
-            self.network.send(exporter.name, learner.identity.replica, partial(learner.receive, exporter.name, answer))
+        for number, answer in enumerate(exporter.answer(body)):
+            send = partial(self.network.send, exporter.name, learner.identity.replica)
+            deliver = partial(learner.receive, exporter.name, answer)
+            if exporter.pause_s and number:
+                self.schedule.after(number * exporter.pause_s, partial(send, deliver))
+            else:
+                send(deliver)
 
     def answer(self, machine: Machine, client: bytes, body: bytes) -> None:
         """See `World`."""
