@@ -21,8 +21,8 @@ DRIP_S = 1.9  # between two chunks of one that drips: just before whoever waits 
 
 
 class SimExporter:
-    """`kind`: sound; corrupt (chunks rotten, missing, or rewritten together with the index); silent; dripping (one chunk
-    at a time, as late as it can).
+    """`kind`: sound; corrupt (chunks rotten, missing, or rewritten together with the index); silent; dripping (one
+    chunk at a time, as late as it can).
     """
 
     def __init__(self, name: str, kind: str, rng: random.Random) -> None:
