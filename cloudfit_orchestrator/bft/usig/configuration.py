@@ -254,12 +254,12 @@ class Configuration:
             target = WEDGE if stream.state.wedged else stream.state.v
             if stream.state.v > stream.state.e and not self.votes.has(replica, target):
                 self.wanted.views.add(target)
-        if self.votes.epoch_ends and self.votes.unread:
-            self.wanted.views.add(WEDGE)
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking
         self._merge_wants |= self.wanted.batches
+        if self.votes.epoch_ends and self.votes.unread:
+            self.wanted.views.add(WEDGE)
         return done
 
     def _step(self, stream: Stream, done: list[Kept]) -> bool:
