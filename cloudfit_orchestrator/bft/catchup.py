@@ -20,7 +20,7 @@ from cloudfit_orchestrator.bft.serving import answer_batches, answer_state
 from cloudfit_orchestrator.bft.situation import Situation, replica_of
 from cloudfit_orchestrator.bft.store import Snapshot
 from cloudfit_orchestrator.bft.transfer import Transfer
-from cloudfit_orchestrator.bft.turns import Turns
+from cloudfit_orchestrator.bft.turns import Rota, Turns
 
 FETCH_S = 0.1  # a gap is usually filled by messages under way
 PATIENCE_S = 1.0  # what was asked for is not asked for again while it comes in, nor sooner than this
@@ -35,7 +35,7 @@ class CatchUp:
         self._at = situation
         self._out = outbox
         self._turns = Turns()
-        self._asked = 0  # questions for batches so far
+        self._rota = Rota()
         self._batches_asked: tuple[bytes, ...] = ()
         self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
         self.transfer: Transfer | None = None
@@ -47,16 +47,13 @@ class CatchUp:
         if ordering is None or not others or not self._out.every("fetch", FETCH_S):
             return
         ordering.fetch()
-        wanted = sorted(ordering.wanted)
-        if len(wanted) > MAX_FETCH:  # turn by turn: who withholds many must not hide the one that matters
-            at = self._asked * MAX_FETCH % len(wanted)
-            wanted = (wanted[at:] + wanted[:at])[:MAX_FETCH]
-        batches = tuple(wanted)
-        if batches and (batches != self._batches_asked or self._out.due("batches")):
-            self._batches_asked = batches
-            self._asked += 1
+        wanted = tuple(sorted(ordering.wanted))
+        if wanted and (len(wanted) > MAX_FETCH or wanted != self._batches_asked or self._out.due("batches")):
+            self._batches_asked = wanted
             self._out.later("batches", PATIENCE_S)
-            self._out.send(self._turns.next(others, "batches"), FetchBatches(batches))
+            # Turn by turn, at every peer: who withholds many must not hide the one that matters.
+            peer = self._turns.next(others, "batches")
+            self._out.send(peer, FetchBatches(self._rota.next(peer, wanted, MAX_FETCH)))
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """Answer a question. False if it was none."""

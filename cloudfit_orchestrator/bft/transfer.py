@@ -22,7 +22,13 @@ from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 
 RETRY_S = 2.0  # a source that has not answered by then is asked again, or another is; liveness only
+SILENT_S = 30.0  # then a peer that left a question open is asked again: those that answer may be slow on purpose
 EXPORTER_SILENT = 3  # chunk questions in a row that an exporter left open: peers are asked for all of it from then on
+# What an exporter may take: so long at first, and more with each chunk that was right. One that is always just about to
+# answer would keep its chunks from the peers, who have them, for as long as it likes.
+EXPORTER_PATIENCE_S = EXPORTER_SILENT * RETRY_S
+EXPORTER_CHUNK_S = 0.1  # for a right chunk, and besides for its bytes as at this rate:
+EXPORTER_BYTES_PER_S = 1 << 20
 EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
 INDEX_RETRY_S = 0.5
 STALLED_S = 2 * RETRY_S  # so that a silent source's share has been asked of another by then
@@ -80,6 +86,8 @@ class Transfer:
         # Questions for chunks in a row that a source left open. A state that changes all the time is replaced by a
         # newer one again and again: each time to wait for the same dead peer would never come to an end.
         self.silent: Counter[str] = Counter(before.silent) if before is not None else Counter()
+        self.silent_s: dict[str, float] = dict(before.silent_s) if before is not None else {}  # when it did so last
+        self.patience: dict[str, float] = dict(before.patience) if before is not None else {}  # exporters: until when
         self._exporter_knows: set[str] = set()  # exporters whose index has come
         self._exporter_asked_s: dict[str, float] = {}
 
@@ -113,11 +121,17 @@ class Transfer:
                 for peer in peers:
                     self._send(peer, StateQuery(self.root))
             return
+        if all(source in self._asked for source in (*peers, *exporters)) and self._answering(now_s, exporters):
+            return
         outstanding: set[int] = set()
+        for source in exporters:
+            if not self._patient(source, now_s):
+                self._asked.pop(source, None)  # what it still has is asked of the peers
         for source, (when, indices) in list(self._asked.items()):
             if now_s - when >= RETRY_S:
                 del self._asked[source]
                 self.silent[source] += 1
+                self.silent_s[source] = now_s
             else:
                 outstanding |= indices
         lacking = [i for i in range(BUCKETS) if i not in self.chunks and i not in outstanding]
@@ -128,15 +142,17 @@ class Transfer:
                     self._ask_index(source, now_s)
                     from_disk.update(lacking)
                 continue
-            if self.silent[source] >= EXPORTER_SILENT:
+            if self.silent[source] >= EXPORTER_SILENT or not self._patient(source, now_s):
                 continue
             wanted = [i for i in lacking if i not in self._refused.get(source, ())]
+            if wanted:
+                self.patience.setdefault(source, now_s + EXPORTER_PATIENCE_S)
             from_disk.update(wanted)
             self._ask(source, wanted, MAX_CHUNKS_ASKED, now_s)
         rest = [i for i in lacking if i not in from_disk]
         if not rest:
             return
-        speaking = [peer for peer in peers if not self.silent[peer]] or peers
+        speaking = [p for p in peers if not self.silent[p] or now_s - self.silent_s[p] >= SILENT_S] or peers
         if len(speaking) < len(peers) and any(all(i in self._refused.get(p, ()) for p in speaking) for i in rest):
             speaking = peers  # those that speak have not got it
         self._turn += 1  # with each question, not with time: no chunk depends on one silent peer
@@ -144,6 +160,16 @@ class Transfer:
         for position, source in enumerate(speaking[turn:] + speaking[:turn]):
             share = [i for i in rest if i not in self._refused.get(source, ())][position :: len(speaking)]
             self._ask(source, share, PARALLEL, now_s)
+
+    def _answering(self, now_s: float, exporters: list[str]) -> bool:
+        """Nobody's time is over: there is nothing to ask anew."""
+        return all(now_s - when < RETRY_S for when, _ in self._asked.values()) and all(
+            self._patient(source, now_s) for source in exporters
+        )
+
+    def _patient(self, exporter: str, now_s: float) -> bool:
+        """Whether the exporter is worth waiting for."""
+        return now_s < self.patience.get(exporter, now_s + 1)
 
     def _ask_index(self, exporter: str, now_s: float) -> None:
         if now_s - self._exporter_asked_s.get(exporter, -1e9) >= RETRY_S:
@@ -194,9 +220,7 @@ class Transfer:
         asked = self._asked.get(source)
         if asked is None or index not in asked[1]:
             return None
-        self.silent[source] = 0
         asked[1].discard(index)
-        self._asked[source] = (now_s, asked[1])
         if not asked[1]:
             del self._asked[source]
         if index in self.chunks:
@@ -212,6 +236,11 @@ class Transfer:
             self.figures.corrupt.append(blame)
             return blame
         self._news_s = now_s  # only what helps is news: anybody can send a chunk again and again
+        self.silent[source] = 0
+        if source in self._asked:
+            self._asked[source] = (now_s, asked[1])
+        if source in self.patience:
+            self.patience[source] += EXPORTER_CHUNK_S + len(message.data) / EXPORTER_BYTES_PER_S
         self.chunks[index] = node
         self.figures.fetched[source] += 1
         self.figures.bytes[source] += len(message.data)

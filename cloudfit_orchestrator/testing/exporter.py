@@ -13,13 +13,17 @@ from cloudfit_orchestrator.bft.messages import (
 )
 from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, chunk_hash
 from cloudfit_orchestrator.bft.usig.messages import decode_peer
+from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.testing.disk import SimDisk
 
 CORRUPT_SHARE = 0.3  # of a corrupt disk's chunks
+DRIP_S = 1.9  # between two chunks of one that drips: just before whoever waits for it gives up
 
 
 class SimExporter:
-    """`kind`: sound; corrupt (chunks rotten, missing, or rewritten together with the index); silent."""
+    """`kind`: sound; corrupt (chunks rotten, missing, or rewritten together with the index); silent; dripping (one
+    chunk at a time, as late as it can).
+    """
 
     def __init__(self, name: str, kind: str, rng: random.Random) -> None:
         """Has no disk yet."""
@@ -29,6 +33,7 @@ class SimExporter:
         self._slot = 0
         self._state: Snapshot | None = None
         self._damage: dict[int, bytes | None] = {}  # chunk -> what the disk gives in its place; None: unreadable
+        self.pause_s = DRIP_S if kind == "dripping" else 0.0  # between two answers to one question
         self._lying = kind == "corrupt" and rng.random() < 0.5
 
     def attach(self, disk: SimDisk) -> None:
@@ -46,7 +51,10 @@ class SimExporter:
         """The frames that answer a learner's."""
         if self._kind == "silent" or self._state is None:
             return []
-        message = decode_peer(question)
+        try:
+            message = decode_peer(question)
+        except BadError:
+            return []  # a faulty member sends anything to anybody: the real exporter answers as little
         if isinstance(message, StateQuery):
             return [encode(self._index(self._state))]
         if isinstance(message, ChunkQuery):

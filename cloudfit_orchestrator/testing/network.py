@@ -21,6 +21,7 @@ class Schedule:
         self._number = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self.events = 0
+        self.mark = 0  # of the times of all events so far, in order: equal runs have equal marks
 
     def now_s(self) -> float:
         """Virtual seconds since the beginning."""
@@ -36,6 +37,7 @@ class Schedule:
         while self._heap and self._heap[0][0] <= until_s:
             self._now, _, action = heapq.heappop(self._heap)
             self.events += 1
+            self.mark = hash((self.mark, self._now))  # numbers hash alike in all processes
             action()
             if done():
                 return True

@@ -19,8 +19,9 @@ from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import NOOP, Named, StatementMessage
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.bft.usig.journal import LogBody, decode_entry
+from cloudfit_orchestrator.bft.usig.judge import StreamState
 from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
-from cloudfit_orchestrator.bft.usig.merge import Merged, Vote, merge, vote_of
+from cloudfit_orchestrator.bft.usig.merge import Merged, Proposal, Vote, merge, vote_of
 from cloudfit_orchestrator.bft.usig.messages import (
     CommitNewView,
     NewView,
@@ -67,6 +68,7 @@ class Observer:
         self._unknown: set[str] = set()  # replicas of whose streams a certified body is not known
         self._asked = 0  # the highest view that a correct replica has asked for
         self._changes: list[tuple[str, int]] = []  # (replica, target) of VIEW-CHANGEs that were not looked at yet
+        self._read: dict[tuple[str, int], tuple[Kept, Vote]] = {}  # what each message of a log contributes to its vote
         self.certified_count = 0
         self._told: Counter[str] = Counter()
 
@@ -77,6 +79,7 @@ class Observer:
         if record.algorithm in WITH_WORMHOLE:
             self.judge = Configuration(record, record_hash(envelope), self._verifier, self._controllers)
         self._unknown.clear()
+        self._read.clear()
         self._told.clear()
         self._asked = 0
         self._changes.clear()
@@ -131,7 +134,8 @@ class Observer:
             for kept in judge.advance():
                 self._note(judge, kept)
             judge.jumps.clear()
-            wanted = [digest for digest in judge.wanted.batches if digest in self._batches]
+            # Sorted: puppets draw from what the judge holds in the order in which it came, and a set has none.
+            wanted = sorted(digest for digest in judge.wanted.batches if digest in self._batches)
             if not wanted:
                 break
             for digest in wanted:
@@ -290,8 +294,7 @@ class Observer:
         last = [k.header.g for k in stream.kept.values() if isinstance(k.header, ViewChange)] if v else []
         return last[-1] if last else 0
 
-    @staticmethod
-    def _votes_now(judge: Configuration, stream: Stream) -> list[Vote]:
+    def _votes_now(self, judge: Configuration, stream: Stream) -> list[Vote]:
         """What the stream would vote now: with its whole log, and with the log from the last permitted anchor."""
         if stream.ended is not None:
             return []
@@ -312,5 +315,18 @@ class Observer:
             ),
             0,
         )
-        cut = vote_of(judge.record, name, state, log[start:])
-        return [cut, vote_of(judge.record, name, state, log)] if start else [cut]
+        cut = self._vote_of(judge.record, name, state, log[start:])
+        return [cut, self._vote_of(judge.record, name, state, log)] if start else [cut]
+
+    def _vote_of(self, record: ConfigRecord, name: Named, state: StreamState, log: Iterable[Kept]) -> Vote:
+        """The same as `vote_of`, which reads each message by itself: so each is read once, and not at every look."""
+        proposals: list[Proposal] = []
+        views: list[tuple[int, int]] = []
+        for kept in log:
+            place = name.replica, kept.message.cv
+            known = self._read.get(place)
+            if known is None or known[0] is not kept:
+                known = self._read[place] = kept, vote_of(record, name, state, [kept])
+            proposals += known[1].proposals
+            views += known[1].views
+        return Vote(name, state, tuple(proposals), tuple(views), (), ())

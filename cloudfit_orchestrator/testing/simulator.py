@@ -5,6 +5,7 @@ by event; `campaign.py` runs many seeds, `shrink.py` makes a failed run small.
 """
 
 import argparse
+import gc
 import hashlib
 import random
 import sys
@@ -39,6 +40,7 @@ GROUP = "simulated"
 GENESIS_S = 10.0  # until the first configuration is ACTIVE
 LIVENESS_S = 90.0  # after the healing, until all clients have their answers: some doubled time-outs
 TRACE_LINES = 400  # kept for the report
+YOUNG_OBJECTS = 50_000  # made before Python looks for dead cycles: cores make few, and looking cost a tenth of a run
 MAX_EVENTS = 2_000_000  # of one run: a storm that goes on for ever is a failure, not a slow run
 
 
@@ -50,7 +52,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     kind: str = ""  # of the first failure: what the shrinker keeps
     trace: deque[str] = field(default_factory=lambda: deque(maxlen=TRACE_LINES))
-    fingerprint: str = ""  # of all events, in order: equal for equal runs
+    fingerprint: str = ""  # of the trace and the times of all events, in order: equal for equal runs
     answered: int = 0
     virtual_s: float = 0.0
     real_s: float = 0.0
@@ -186,6 +188,7 @@ class Simulation:
         report.virtual_s = self.schedule.now_s()
         report.events = self.schedule.events
         report.real_s = time.monotonic() - started
+        self._hash.update(str(self.schedule.mark).encode())
         report.fingerprint = self._hash.hexdigest()
         report.figures["delivered"] = self.network.delivered
         report.figures["boots"] = sum(machine.boots for machine in self.machines.values())
@@ -257,8 +260,13 @@ class Simulation:
             self.network.send(source, peer, lambda: self._export(exporter, machine, body))
 
     def _export(self, exporter: SimExporter, learner: Machine, body: bytes) -> None:
-        for answer in exporter.answer(body):
-            self.network.send(exporter.name, learner.identity.replica, partial(learner.receive, exporter.name, answer))
+        for number, answer in enumerate(exporter.answer(body)):
+            send = partial(self.network.send, exporter.name, learner.identity.replica)
+            deliver = partial(learner.receive, exporter.name, answer)
+            if exporter.pause_s and number:
+                self.schedule.after(number * exporter.pause_s, partial(send, deliver))
+            else:
+                send(deliver)
 
     def answer(self, machine: Machine, client: bytes, body: bytes) -> None:
         """See `World`."""
@@ -335,7 +343,12 @@ class Simulation:
 
 def run(plan: Plan, *, real_keys: bool = False) -> Report:
     """Carry a plan out."""
-    return Simulation(plan, RealKeys() if real_keys else KeyRing()).run()
+    usual = gc.get_threshold()
+    gc.set_threshold(YOUNG_OBJECTS)
+    try:
+        return Simulation(plan, RealKeys() if real_keys else KeyRing()).run()
+    finally:
+        gc.set_threshold(*usual)
 
 
 def simulate(

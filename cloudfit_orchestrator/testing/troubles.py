@@ -272,6 +272,8 @@ class Recovery:
         rng = self._rng
         staged = self._world.plan.profile.staged and rng.random() < 0.7
         kind = rng.choice(["none", "sound", "corrupt", "silent"]) if staged else "none"
+        if kind == "silent" and self._trouble.draw % 2:
+            kind = "dripping"  # drawn apart: what else a seed draws stays as it is
         self._world.trace("world", f"{self._trouble.name}: {self._new.name} for {self._old.name}, exporter {kind}")
         self._world.happened(f"fault:replace {'by stages, exporter ' + kind if staged else 'plain'}")
         self._new.start()

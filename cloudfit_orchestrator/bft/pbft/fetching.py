@@ -7,7 +7,7 @@ from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.ordering import Host
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.pbft.messages import FetchChanges, FetchSlots, Stable, change_statement
-from cloudfit_orchestrator.bft.turns import Turns
+from cloudfit_orchestrator.bft.turns import Rota, Turns
 
 if TYPE_CHECKING:
     from cloudfit_orchestrator.bft.pbft.ordering import PbftOrdering
@@ -25,6 +25,7 @@ class Fetching:
         self._at = host
         self._out = out
         self._turns = Turns()
+        self._rota = Rota()
 
     def fetch(self) -> None:
         """Ask the next peer for what follows the own state, if anybody seems to know more, and for what is named."""
@@ -36,11 +37,8 @@ class Fetching:
             self._out.send(self._turns.next(others, "slots"), question)
         if of.changes.wanted and self._out.every("changes", PATIENCE_S):
             # All that is named has its turn at every peer: a faulty member may name what nobody has.
-            names = sorted(of.changes.wanted)
-            asked = self._turns.count("changes")
-            start = asked // len(others) * MAX_CHANGES % len(names)
-            chosen = (names[start:] + names[:start])[:MAX_CHANGES]
-            self._out.send(others[asked % len(others)], FetchChanges(c, tuple(chosen)))
+            peer = self._turns.next(others, "changes")
+            self._out.send(peer, FetchChanges(c, self._rota.next(peer, of.changes.wanted, MAX_CHANGES)))
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """Answer a question about this configuration. False if it was none."""

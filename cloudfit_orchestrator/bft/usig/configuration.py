@@ -141,8 +141,8 @@ class Configuration:
                 self.standing[header.g] = (header.cv, sha256(header.header, header.payload_hash))
 
     def offer_log(self, messages: Sequence[StreamMessage]) -> None:
-        """Answer to FETCH-NEW-VIEW: the log of a VIEW-CHANGE whose stream was jumped over. It precedes an attested
-        STABLE, so all of it stands; it counts if it begins where a log may begin (§4).
+        """Answer to FETCH-NEW-VIEW: the log of a VIEW-CHANGE or closed epoch whose stream was jumped over. It precedes
+        an attested STABLE, or is processed: all of it stands. It counts if it begins where a log may begin (§4).
         """
         if not messages:  # how many there are is bounded by the frame that brings them
             return
@@ -175,12 +175,14 @@ class Configuration:
             entries = self.citations.read(header) if isinstance(header, Commit) else ()
             before, state = state, outcome
             kept.append(Kept(message, header, message.digest, state, entries))
-        header, first = kept[-1].header, kept[0]
-        anchored = first.message.cv == 1 or (
-            isinstance(first.header, Stable) and first.header.h <= before.h - self._window
-        )
-        if isinstance(header, ViewChange | Wedge) and anchored:
+        if isinstance(kept[-1].header, ViewChange | Wedge) and self._anchored(kept[0], before):
             self.votes.read(before, kept[:-1], kept[-1])
+        if not state.wedged and self._anchored(kept[0], state):
+            self.votes.read_closed(stream.replica, state, kept)
+
+    def _anchored(self, first: Kept, state: StreamState) -> bool:
+        header = first.header  # a log may begin with it
+        return first.message.cv == 1 or (isinstance(header, Stable) and header.h <= state.h - self._window)
 
     def offer_end(self, end: EpochEnd) -> bool:
         """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
@@ -258,6 +260,8 @@ class Configuration:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking
         self._merge_wants |= self.wanted.batches
+        if self.votes.epoch_ends and self.votes.unread:
+            self.wanted.views.add(WEDGE)
         return done
 
     def _step(self, stream: Stream, done: list[Kept]) -> bool:

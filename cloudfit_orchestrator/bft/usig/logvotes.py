@@ -113,11 +113,35 @@ class LogVotes:
         """Streams that EPOCH-END closed, and that are read to their end, vote for any wedge."""
         for replica, end in self.epoch_ends.items():
             stream = self._streams[replica]
-            if WEDGE in self._votes[replica] or stream.ended is not None or stream.cursor != end.cv_end:
+            if not self._closed(stream, end) or WEDGE in self._votes[replica]:
                 continue
             if stream.complete(self._window):
-                name = Named(replica, end.cv_end + 1, end.last_digest)
-                self._votes[replica][WEDGE] = vote_of(self._record, name, stream.state, list(stream.kept.values()))
+                self._read_closed(end, stream.state, list(stream.kept.values()))
+
+    @staticmethod
+    def _closed(stream: Stream, end: EpochEnd) -> bool:
+        return stream.ended is None and stream.cursor == end.cv_end
+
+    def read_closed(self, replica: str, state: StreamState, log: Sequence[Kept]) -> None:
+        """Take the vote of a stream if EPOCH-END closed it at the end of the whole log `log`, after which it is in
+        `state`.
+        """
+        end = self.epoch_ends.get(replica)
+        if end is not None and log[-1].message.cv == end.cv_end:
+            self._read_closed(end, state, log)
+
+    def _read_closed(self, end: EpochEnd, state: StreamState, log: Sequence[Kept]) -> None:
+        name = Named(end.replica, end.cv_end + 1, end.last_digest)
+        self._votes[end.replica][WEDGE] = vote_of(self._record, name, state, log)
+
+    @property
+    def unread(self) -> bool:
+        """Whether a stream was closed that is held from an anchor too near: who holds its whole log can prove it."""
+        self._close()
+        return any(
+            self._closed(self._streams[replica], end) and WEDGE not in self._votes[replica]
+            for replica, end in self.epoch_ends.items()
+        )
 
 
 def _may_be(stream: Stream, target: int, name: Named) -> bool:

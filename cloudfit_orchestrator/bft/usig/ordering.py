@@ -30,6 +30,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     EpochEndMessage,
     Header,
     LogProof,
+    NewView,
     Prepare,
     StreamMessage,
     decode_header,
@@ -45,6 +46,7 @@ from cloudfit_orchestrator.model.ui import EpochEnd, message_digest
 
 RETRY_S = 0.2  # refused certifications are asked for again
 AMNESIA_REPORT_S = 10.0
+KEPT_WINDOWS = 16  # of logs, behind an own NEW-VIEW that the wormhole has not answered: it is back by then, or broken
 COMMIT_PIPELINE = 8  # own bodies in flight: while they are, votes gather into the next COMMIT
 
 
@@ -443,4 +445,14 @@ class UsigOrdering(Ordering):
 
     def truncate(self, floor: int) -> None:
         """See `Ordering`."""
-        self.configuration.truncate(floor)
+        if not self._unheard(floor):
+            self.configuration.truncate(floor)
+
+    def _unheard(self, floor: int) -> bool:
+        """A NEW-VIEW of ours has no UI yet, as far as we know. If it has one nobody but us can prove it: however far
+        the others have gone on, we keep what it was computed from, for a while.
+        """
+        pending = self.voice.pending.values() if self.voice is not None else ()
+        views = [decode_header(header) for header, payload in pending if payload]
+        kept = KEPT_WINDOWS * self.record.parameters.window
+        return any(isinstance(view, NewView) and floor < view.s_max + kept for view in views)

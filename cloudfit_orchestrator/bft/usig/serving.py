@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from cloudfit_orchestrator.bft.messages import MAX_FETCH, MAX_PEER_FRAME, Frozen
 from cloudfit_orchestrator.bft.serving import MAX_ANSWER
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
-from cloudfit_orchestrator.bft.usig.merge import Vote
 from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, FetchNewView, LogProof, Prepare, StreamMessage
 from cloudfit_orchestrator.bft.usig.stream import Kept
 
@@ -51,21 +50,17 @@ def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Froz
         yield message
 
 
-def _is_said(vote: Vote) -> bool:
-    """Not made up for by an EPOCH-END: its log ends with it."""
-    return bool(vote.log) and vote.log[-1].cv == vote.name.cv
-
-
 def answer_view(configuration: Configuration, question: FetchNewView) -> Iterator[Frozen]:
     """The NEW-VIEW of a view, the logs of its VIEW-CHANGEs, and the COMMITs of it: each, if it stands, proves that the
-    NEW-VIEW does. Of a view without one, or of the wedge (g = WEDGE), the logs of all votes that are here.
+    NEW-VIEW does. Of a view without one, or of the wedge (g = WEDGE), the logs of all votes that are here, those of
+    closed epochs among them.
     """
     if configuration.record.c == question.c:
         view = configuration.new_views.get(question.g)
         if view is not None:
             yield view.message
         votes = configuration.votes.of(question.g)
-        for log in view.logs if view is not None and view.logs else [vote.log for vote in votes if _is_said(vote)]:
+        for log in view.logs if view is not None and view.logs else [vote.log for vote in votes if vote.log]:
             if sum(len(message.header) + len(message.payload) for message in log) <= MAX_LOG:
                 yield LogProof(log)
         yield from configuration.commits.get(question.g, {}).values()

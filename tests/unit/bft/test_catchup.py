@@ -4,7 +4,7 @@ import pytest
 
 from cloudfit_orchestrator.bft.catchup import CatchUp
 from cloudfit_orchestrator.bft.effects import Send
-from cloudfit_orchestrator.bft.messages import Beacon, FetchBatches, Forward
+from cloudfit_orchestrator.bft.messages import MAX_FETCH, Beacon, FetchBatches, Forward
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import Peer, Situation
 from cloudfit_orchestrator.bft.usig.messages import Fetch, decode_peer
@@ -39,6 +39,33 @@ def test_no_rhythm_of_ticks_makes_one_silent_peer_be_asked_for_ever(period_s: fl
     for found in asked.values():
         assert set(found) == set(peers)
         assert len(found) <= 21, "what is under way is not asked for again"
+
+
+@pytest.mark.parametrize("count", [2 * MAX_FETCH, 3 * MAX_FETCH, 3 * MAX_FETCH + 1])
+@pytest.mark.parametrize("peers", [PEERS[:2], PEERS[:3]])
+def test_each_of_many_batches_is_asked_for_at_every_peer(count: int, peers: list[str]) -> None:
+    """With two questions' worth of them and two peers the first half was asked of the one, the rest of the other."""
+    house = House(3)
+    out = Outbox()
+    at = Situation(GROUP, "r1", 7, service=CounterService(), controllers=[], verifier=house.keys, out=out)
+    at.ordering = UsigOrdering(at, out, house.record, record_hash(house.envelope))
+    at.peers = {name: Peer(name, "h:1", b"") for name in peers}
+    out.replaying = False
+    catchup = CatchUp(at, out)
+    names = {i.to_bytes(32, "big") for i in range(count)}
+    for name in names:
+        at.ordering.want_batch(name)
+    asked: dict[str, set[bytes]] = {peer: set() for peer in peers}
+    for tick in range(4 * len(peers)):
+        out.now_s = 2.0 * tick
+        catchup.fetch()
+        for effect in out.drain():
+            assert isinstance(effect, Send)
+            message = decode_peer(effect.body)
+            assert isinstance(message, FetchBatches)
+            assert len(message.digests) <= MAX_FETCH
+            asked[effect.peer].update(message.digests)
+    assert all(found == names for found in asked.values())
 
 
 def test_who_has_no_slot_left_in_its_window_tells_the_idle_proposer_of_the_open_one() -> None:

@@ -1,7 +1,9 @@
 """Executions with which readers broke PBFT, succession and transfer: each property did not hold once, as told there."""
 
 from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from cloudfit_orchestrator.bft.messages import (
     WedgeSet,
     peer_decoder,
 )
+from cloudfit_orchestrator.bft.pbft.fetching import Fetching
 from cloudfit_orchestrator.bft.pbft.messages import (
     MESSAGES,
     WEDGE,
@@ -195,6 +198,52 @@ def test_names_of_what_nobody_has_keep_nothing_from_being_fetched():
         tell(group, to, own[of], sender=node(group, of).name)
     group.flying += late  # from here on the network is good
     assert group.settle(lambda: group.activate(record), 60)
+
+
+class NamesOnly:
+    """Stands for an engine and its host: nothing is asked for but names."""
+
+    def __init__(self) -> None:
+        self.record = self.changes = self._at = self
+        self.c, self.e, self.waiting = 1, 0, False
+        self.beacons: dict[str, object] = {}
+        self.others = ["r1#2", "r2#3", "r3#4"]
+        self.execution = SimpleNamespace(slot=0)
+        self.wanted: set[bytes] = set()
+
+
+def test_no_name_is_hidden_by_who_guesses_whose_turn_it_is():
+    """Where a question began followed from how many names there were. A faulty leader that named more or less of what
+    nobody has, as the next turn required, kept the one that mattered from ever being asked of who had it.
+    """
+    engine, asked = NamesOnly(), []
+    fetching = Fetching(engine, engine, SimpleNamespace(every=lambda *_: True, send=lambda *sent: asked.append(sent)))
+    matters = b"m" * 32
+
+    def turn(of: Fetching, names: set[bytes]) -> tuple[str, tuple[bytes, ...]]:
+        of._of.changes.wanted = names
+        of.fetch()
+        peer, question = asked.pop()
+        return peer, question.digests
+
+    def bait(count: int) -> set[bytes]:
+        return {bytes(31) + bytes([i]) for i in range(count)} | {b"x" * 31 + bytes([i]) for i in range(16 - count)}
+
+    def dodges() -> bool:
+        """The faulty leader has names ready with which the next question is not the one that matters."""
+        tries = ({matters, *bait(count)} for count in range(17))
+        chosen = next((names for names in tries if matters not in turn(copied(fetching), names)[1]), None)
+        return chosen is not None and bool(turn(fetching, chosen))
+
+    most = 3 * 4  # each peer has at most 33 names to be asked for, eight at a time
+    assert not all(dodges() for _ in range(most + 1))
+
+
+def copied(fetching: Fetching) -> Fetching:
+    """Fetching as it stands, to be tried."""
+    twin = copy(fetching)
+    twin._turns, twin._rota = deepcopy(fetching._turns), deepcopy(fetching._rota)
+    return twin
 
 
 # ----- succession

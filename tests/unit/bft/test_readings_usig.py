@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from cloudfit_orchestrator.bft import clients
+from cloudfit_orchestrator.bft import clients, recall
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.clients import ClientWindow
 from cloudfit_orchestrator.bft.effects import Append, Certify, Effect, EndEpoch, Rewrite, Sign
@@ -14,7 +14,7 @@ from cloudfit_orchestrator.bft.messages import BatchMessage, FetchBatches, Froze
 from cloudfit_orchestrator.bft.serving import MAX_ANSWER
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
-from cloudfit_orchestrator.bft.usig.journal import decode_entry
+from cloudfit_orchestrator.bft.usig.journal import LogBody, decode_entry
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
@@ -188,6 +188,99 @@ def test_a_vote_whose_log_was_jumped_over_is_proved_by_who_holds_it(target: int,
     assert not r0.votes.of(target)
     assert answer_all(r0, r1)
     assert [found.name.replica for found in r0.votes.of(target)] == ["r2"]
+
+
+def test_an_epoch_end_at_a_judge_that_jumped_near_is_proved_by_who_holds_the_log():
+    """EPOCH-END and the whole log are a vote; who had jumped over the log was never shown it, and so could not judge an
+    S that was built on it, nor build one.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4)
+    settled(house)
+    anchor, attested = house.stable("r2", 1), house.stable("r1", 1)
+    house.commit("r2", house.prepare("r0", 0, 2))
+    r0, r1 = jumped(house, anchor, attested), house.full_judge()
+    house.tell(r0, house.streams["r2"][-1:])
+    end = house.epoch_end("r2")
+    for judge in (r0, r1):
+        assert judge.offer_end(end)
+        judge.advance()
+    assert [found.name.replica for found in r1.votes.of(WEDGE)] == ["r2"]
+    assert not r0.votes.of(WEDGE)
+    (log,) = answered(r1)
+    r0.offer_log(log[1:])
+    r0.offer_log(log[:-1])
+    assert not r0.votes.of(WEDGE), "a part of the log is none"
+    assert answer_all(r0, r1)
+    assert [found.name for found in r0.votes.of(WEDGE)] == [found.name for found in r1.votes.of(WEDGE)]
+    names = [found.name for found in r0.votes.of(WEDGE)] + [vote_name(house.wedge("r1"))]
+    for judge in (r0, r1):
+        house.tell(judge, house.streams["r1"])
+    outcomes = [judge.try_merge(judge.votes.named(WEDGE, names)) for judge in (r0, r1)]
+    assert outcomes[0] is not None
+    assert outcomes[0] == outcomes[1]
+
+
+def answered(judge: Configuration) -> list[tuple[StreamMessage, ...]]:
+    return [answer.messages for answer in answer_view(judge, FetchNewView(1, WEDGE)) if isinstance(answer, LogProof)]
+
+
+def vote_name(word: StreamMessage) -> Named:
+    return Named(word.replica, word.cv, word.digest)
+
+
+class LossyChannel(Machine):
+    """The wormhole certifies a NEW-VIEW, and its answer is lost, with all that would follow it."""
+
+    lost = False
+
+    def _carry_out(self, effect: Effect) -> bool:
+        if isinstance(effect, Certify):
+            if self.lost:
+                return False
+            body = next(e for e in map(decode_entry, reversed(self.log)) if isinstance(e, LogBody))
+            if body.payload:
+                self.lost = True
+                self.house.say(self.me, body.header, body.payload)
+                return True
+        return super()._carry_out(effect)
+
+
+def test_a_leader_whose_new_view_was_certified_unheard_can_prove_it_after_all_have_gone_on(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The others went on to later views and STABLEs; the leader cut the logs that its NEW-VIEW was computed from, and
+    then could not judge its own stream: it was silent until the next configuration.
+    """
+    monkeypatch.setattr(recall, "REWRITE_FACTOR", 0)
+    monkeypatch.setattr(recall, "REWRITE_SLACK", 0)
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4, parameters=PATIENT)
+    machine = LossyChannel(house, "r1")
+    machine.hear(house.view_change("r0", 1), sender="r0#1")
+    assert machine.lost
+    machine.waiting.clear()
+    view = house.new_view("r2", 2, [house.view_change("r0", 2), house.view_change("r2", 2)])
+    house.commit_view("r0", view)
+    machine.hear(*house.streams["r0"], *house.streams["r2"])
+    for s in range(1, 10):
+        proposal = house.prepare("r2", 2, s)
+        machine.hear(proposal, house.commit("r0", proposal))
+        machine.ticks(0.2)
+        digest = machine.core._at.execution.digests[s]
+        truth = {"digest": digest, "certificate": house.checkpoint(s, digest)}
+        machine.hear(*(house.stable(who, s, **truth) for who in ("r0", "r2")))
+        machine.ticks(1.2)
+    assert machine.rewrites
+    other = house.judge()  # has not got the logs any more, and hears of the NEW-VIEW now
+    house.tell(other, house.streams["r2"])
+    assert other.offer_jump(Discarded(house.streams["r0"][-1], (house.streams["r2"][-1],)))
+    again = machine.restarted()
+    again.ticks(1)
+    ordering = again.core._at.ordering
+    assert ordering.live
+    house.tell(other, house.streams["r1"])
+    assert other.streams["r1"].cursor < len(house.streams["r1"])
+    answer_all(other, ordering.configuration)
+    assert other.streams["r1"].cursor == len(house.streams["r1"])
 
 
 @pytest.mark.parametrize("told", [0, 2])

@@ -4,7 +4,15 @@ import pytest
 
 from cloudfit_orchestrator.bft.messages import Chunk, ChunkQuery, Frozen, StateIndex, StateQuery
 from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, StateStore, bucket_of
-from cloudfit_orchestrator.bft.transfer import EXPORTER_SILENT, EXPORTER_TRIES, RETRY_S, Blame, Transfer
+from cloudfit_orchestrator.bft.transfer import (
+    EXPORTER_PATIENCE_S,
+    EXPORTER_SILENT,
+    EXPORTER_TRIES,
+    RETRY_S,
+    SILENT_S,
+    Blame,
+    Transfer,
+)
 
 PEERS = ["r0#1", "r1#2", "r2#3"]
 DISK = "old#9"
@@ -36,18 +44,21 @@ class Site:
         for _ in range(rounds):
             if self.transfer.done:
                 return
-            self.now_s += RETRY_S / 4
-            self.transfer.tick(self.now_s, PEERS, self.exporters)
-            sent, self.sent = self.sent, []
-            self.asked += sent
-            for source, message in sent:
-                answer = self.sources.get(source)
-                for reply in answer(message) if answer else ():
-                    if isinstance(reply, StateIndex):
-                        self.transfer.index(source, reply, self.exporters)
-                    else:
-                        self.transfer.chunk(source, reply, self.now_s)
+            self.run_once()
         raise AssertionError("the transfer does not end")
+
+    def run_once(self) -> None:
+        self.now_s += RETRY_S / 4
+        self.transfer.tick(self.now_s, PEERS, self.exporters)
+        sent, self.sent = self.sent, []
+        self.asked += sent
+        for source, message in sent:
+            answer = self.sources.get(source)
+            for reply in answer(message) if answer else ():
+                if isinstance(reply, StateIndex):
+                    self.transfer.index(source, reply, self.exporters)
+                else:
+                    self.transfer.chunk(source, reply, self.now_s)
 
     def queries(self, source: str) -> set[int]:
         return {i for s, m in self.asked if s == source and isinstance(m, ChunkQuery) for i in m.indices}
@@ -220,3 +231,68 @@ def test_a_transfer_without_news_is_stalled() -> None:
     site.transfer.tick(1.0, PEERS, [])
     assert not site.transfer.stalled(1.5)
     assert site.transfer.stalled(10.0)
+
+
+class Dripping:
+    """A source that has one chunk come just before whoever waits for it gives up."""
+
+    def __init__(self, snapshot: Snapshot = WANTED, *, wrong: bool) -> None:
+        self._answer = honest(snapshot, corrupt=tuple(range(BUCKETS)) if wrong else ())
+        self._due_s = 0.0
+        self._asked: list[Chunk] = []
+
+    def __call__(self, message: Frozen) -> list[Frozen]:
+        if isinstance(message, StateQuery):
+            return self._answer(message)
+        self._asked += self._answer(message)
+        return []
+
+    def drip(self, now_s: float) -> list[Chunk]:
+        if not self._asked or now_s < self._due_s:
+            return []
+        self._due_s = now_s + 0.7 * RETRY_S
+        return [self._asked.pop(0)]
+
+
+def drips(site: Site, source: str, tap: Dripping) -> float:
+    """How long the transfer takes while that source drips."""
+    site.sources[source] = tap
+    began = site.now_s
+    while not site.transfer.done and site.now_s < began + 3000:
+        for chunk in tap.drip(site.now_s):
+            site.transfer.chunk(source, chunk, site.now_s)
+        site.run_once()
+    return site.now_s - began
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_exporter_that_drips_chunks_is_not_waited_for(*, wrong: bool) -> None:
+    """One chunk every 1.9 s kept all others from the peers: a transfer took 1,984 s in place of 2."""
+    site = Site(exporters=(DISK,))
+    site.sources = dict.fromkeys(PEERS, honest())
+    assert drips(site, DISK, Dripping(wrong=wrong)) < EXPORTER_PATIENCE_S + 16 * RETRY_S
+    assert site.transfer.result() == WANTED
+    assert site.transfer.figures.fetched[DISK] < 10
+
+
+def test_an_exporter_that_is_at_work_keeps_its_share() -> None:
+    site = Site(exporters=(DISK,))
+    site.sources = {peer: honest(missing=tuple(range(BUCKETS))) for peer in PEERS}
+    site.sources[DISK] = honest()
+    site.run()
+    assert site.transfer.figures.fetched[DISK] + site.transfer.figures.kept == BUCKETS
+
+
+def test_a_peer_that_drips_chunks_is_not_left_alone_with_a_transfer() -> None:
+    """Once the correct peers had each lost an answer, only the one that dripped was asked."""
+    site = Site()
+    slow = Dripping(wrong=False)
+    site.sources = {PEERS[0]: slow}
+    for _ in range(20):
+        for chunk in slow.drip(site.now_s):
+            site.transfer.chunk(PEERS[0], chunk, site.now_s)
+        site.run_once()
+    assert site.transfer.silent[PEERS[1]]
+    assert site.transfer.silent[PEERS[2]]
+    site.sources |= {PEERS[1]: honest(), PEERS[2]: honest()}
+    assert drips(site, PEERS[0], slow) < 4 * SILENT_S

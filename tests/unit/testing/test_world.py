@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloudfit_orchestrator.bft.messages import StateQuery, encode
+from cloudfit_orchestrator.bft.pbft.messages import Phase, Vote
+from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.model.ui import ui_bytes
 from cloudfit_orchestrator.testing.crypto import KeyRing, Keys, RealKeys
 from cloudfit_orchestrator.testing.disk import SimDisk
+from cloudfit_orchestrator.testing.exporter import SimExporter
 from cloudfit_orchestrator.testing.network import Network, Schedule, Weather
 from cloudfit_orchestrator.testing.wormhole import SimWormhole
 from cloudfit_orchestrator.wormhole.refusal import Refusal
@@ -143,3 +147,16 @@ def test_the_wormhole_is_the_agents_and_signs_with_the_simulations_keys() -> Non
     assert end.cv_end == 1
     with pytest.raises(Refusal):
         wormhole.sign(1, Kind.REQ, LAYOUT[Kind.REQ].pack(3))
+
+
+def test_an_exporter_answers_only_questions_for_states() -> None:
+    """A faulty member repeated votes of PBFT to it, which a run took for a failure of the core."""
+    disk = SimDisk()
+    store = StateStore()
+    disk.snapshots[1, 4] = store.snapshot()
+    exporter = SimExporter("r0#x2", "sound", random.Random(1))
+    exporter.attach(disk)
+    vote = Vote(1, "r0", Phase.COMMIT, 0, 1, bytes(32), bytes(64))
+    for frame in (encode(vote), b"", b"nonsense"):
+        assert exporter.answer(frame) == []
+    assert len(exporter.answer(encode(StateQuery(b"")))) == 1
