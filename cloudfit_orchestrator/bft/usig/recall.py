@@ -49,4 +49,6 @@ def _messages(configuration: Configuration, voice: Voice | None) -> list[Frozen]
                 found.append(LogUI(message.c, cv, message.certificate))
             else:
                 found.append(LogMessage(message))
+    if voice is not None:  # own ones that are certified, and in the log, but not processed yet
+        found += [LogMessage(message) for _, message in sorted(configuration.streams[voice.me].waiting.items())]
     return found

@@ -1,0 +1,37 @@
+"""Executions of a fifth reading: each property did not hold once, for the reason told, or was attacked and held."""
+
+import pytest
+
+from cloudfit_orchestrator.bft import recall
+from cloudfit_orchestrator.bft.effects import Certify
+from cloudfit_orchestrator.model.record import Algorithm
+from tests.unit.bft.house import House
+from tests.unit.bft.machine import Machine
+
+PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
+
+
+# ----- the own log
+def test_a_certified_message_outlives_a_log_that_is_cut_before_it_was_processed(monkeypatch: pytest.MonkeyPatch):
+    """A UI came, then the word that a snapshot was durable, both before the core processed what came in: the log was
+    written anew without the message. Its owner had said it, could not prove it after a restart, and was silent for good.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    machine.hear(house.prepare("r0", 0, 1))  # r1's COMMIT decides it
+    machine.wormhole = False
+    machine.hear(house.prepare("r0", 0, 2))  # the wormhole is slow with r1's COMMIT
+    (asked,) = [effect for effect in machine.waiting if isinstance(effect, Certify)]
+    machine.waiting.remove(asked)
+    machine.wormhole = True
+    machine._certify(asked)
+    with monkeypatch.context() as cut:
+        cut.setattr(recall, "REWRITE_SLACK", -(1 << 20))  # it pays
+        machine.core.saved(1, 1)  # before the effects of the UI are drained
+    machine.serve()
+    assert machine.rewrites
+    assert len(house.streams["r1"]) == asked.cv
+
+    again = machine.restarted()
+    assert again.core.status["live"], "all that r1 said is in its log"
+    assert again.core.status["slot"] == 2
