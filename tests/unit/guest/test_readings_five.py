@@ -1,0 +1,45 @@
+"""Executions of a fifth reading on the state disk: each property did not hold once, for the reason told."""
+
+import asyncio
+import os
+
+from cloudfit_orchestrator.bft.effects import Append, DropSnapshots, SaveSnapshot
+from cloudfit_orchestrator.bft.store import StateStore
+from cloudfit_orchestrator.guest.durable import Durable
+from cloudfit_orchestrator.guest.snapshots import SnapshotFiles
+from cloudfit_orchestrator.guest.wal import WriteAheadLog
+from tests.unit.guest.helpers import scenario, until
+from tests.unit.guest.test_durable import Disk
+
+
+@scenario
+async def _dropped(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    store = StateStore()
+    saved = []
+
+    def save(slot: int) -> None:
+        store.put(b"key", b"%d" % slot)
+        disk.durable.save(SaveSnapshot(1, slot, store.snapshot()), lambda: saved.append(slot))
+
+    save(64)
+    save(128)
+    await until(lambda: saved == [64, 128])
+    disk.gate.clear()  # the log is slow
+    disk.durable.write(Append(b"what no longer needs the state at 64"))
+    disk.durable.drop(DropSnapshots(((1, 128),)))
+    save(192)  # the next checkpoint comes first
+    await until(lambda: 192 in saved)
+    disk.gate.set()
+    await until(lambda: (1, 64) not in disk.durable.snapshots.indexes)
+    await asyncio.sleep(0.05)
+    await disk.durable.close()
+    assert set(SnapshotFiles(tmp_path / "snapshots").indexes) == {(1, 128), (1, 192)}
+
+
+def test_a_snapshot_saved_while_a_drop_waits_for_the_log_is_kept(tmp_path, monkeypatch):
+    """Snapshots are dropped once the log is durable, saved at once: one that was saved, and told so to the core, while
+    the log was slow, was removed by the order to keep those before it. The core's log was then cut to a state that
+    was nowhere.
+    """
+    _dropped(tmp_path, monkeypatch)
