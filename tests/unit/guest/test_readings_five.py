@@ -43,3 +43,47 @@ def test_a_snapshot_saved_while_a_drop_waits_for_the_log_is_kept(tmp_path, monke
     was nowhere.
     """
     _dropped(tmp_path, monkeypatch)
+
+
+class PageCache:
+    """Tells what of a directory's files would outlive the machine: what was there at each file's last sync."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.durable: dict[int, bytes] = {}  # inode -> content
+        self.directories: set[int] = set()  # synced
+        for name in ("fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, self._synced)
+
+    def _synced(self, fd: int) -> None:
+        status = os.fstat(fd)
+        try:
+            with open(f"/proc/self/fd/{fd}", "rb") as file:
+                self.durable[status.st_ino] = file.read()
+        except IsADirectoryError:
+            self.directories.add(status.st_ino)
+
+
+@scenario
+async def _after_a_restart(tmp_path, monkeypatch):
+    path = tmp_path / "wal"
+    log = WriteAheadLog(path)
+    log.append([b"durable"])
+    log._write(log._encode(b"said"))  # the process ends here, between write and fsync; the machine goes on
+    log.close()
+
+    cache = PageCache(monkeypatch)
+    durable = Durable(tmp_path, lambda *_: None, lambda _: None)
+    assert list(durable.log.records()) == [b"durable", b"said"]
+    left = []
+    durable.after(lambda: left.append(cache.durable.get(path.stat().st_ino, b"")))
+    assert len(left) == 1, "nothing was written since, so nothing is waited for"
+    assert left[0] == path.read_bytes(), "what was read, and is signed again, outlives the machine"
+    assert {tmp_path.stat().st_ino, (tmp_path / "snapshots").stat().st_ino} <= cache.directories
+    await durable.close()
+
+
+def test_what_a_restart_reads_is_durable_before_anything_follows_from_it(tmp_path, monkeypatch):
+    """A process that ended between write and fsync read its own unsynced records again, signed what they say at once,
+    as nothing new was to be written, and lost them when the machine stopped: a replica that may say something else.
+    """
+    _after_a_restart(tmp_path, monkeypatch)
