@@ -195,6 +195,8 @@ def _ordering(
         return Broken("R3: not the proposer of this slot")
     if first <= state.p:
         return Broken("R3: proposals go upwards")
+    if last - first > 2 * window:  # p may lie far behind h': of a view that the others have left
+        return Broken("form: SKIP over more than 2L slots")
     if last > state.h + window:
         return Broken("R2: proposal beyond h'+L")
     return replace(moved, p=last)

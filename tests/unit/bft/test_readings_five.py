@@ -35,3 +35,31 @@ def test_a_certified_message_outlives_a_log_that_is_cut_before_it_was_processed(
     again = machine.restarted()
     assert again.core.status["live"], "all that r1 said is in its log"
     assert again.core.status["slot"] == 2
+
+
+# ----- what a judge may be made to do
+def test_a_skip_of_an_old_view_spans_no_more_than_two_windows():
+    """A member that stayed in view 0 while the others went on could skip all slots since then: each judge, again after
+    each restart, spread them out one by one (a group at slot 10^9: 10 GB), and a merge did not count what judges did.
+    """
+    house = House(3, period=1, window=4)
+    h = 3 * 10**5  # the others have come so far in later views
+    house.stable("r2", h)
+    house.skip("r2", 0, 2, h + 2)
+    judge = house.judge()
+    spread = []
+    judge.slots.propose = spread.append  # type: ignore[method-assign]
+    house.tell(judge)
+    assert len(spread) <= 2 * 4
+    assert judge.streams["r2"].ended == 2
+
+
+def test_the_widest_skip_of_a_correct_member_stands():
+    house = House(3, period=1, window=4)
+    house.stable("r2", 9)
+    house.skip("r2", 0, 11, 11)
+    assert house.full_judge().streams["r2"].ended is None
+    other = House(3, period=1, window=4)
+    other.stable("r2", 3)
+    other.skip("r2", 0, 2, 5)
+    assert other.full_judge().streams["r2"].ended is None
