@@ -71,7 +71,12 @@ class Configuration:
         self.wanted = Wanted()
         self.votes = LogVotes(record, self.streams, self.wanted, controller_keys)
         self.citations = Citations(
-            record, streams=self.streams, slots=self.slots, wanted=self.wanted, genuine=self.genuine
+            record,
+            streams=self.streams,
+            slots=self.slots,
+            wanted=self.wanted,
+            genuine=self.genuine,
+            name=self._name,
         )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
         self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind the NEW-VIEW judged last
@@ -324,7 +329,7 @@ class Configuration:
                     self._name(batch, s)
             case Commit():
                 for citation in kept.entries:
-                    self.citations.cite(replica, citation)
+                    self.citations.cite(replica, citation, state)
             case Stable():
                 self.attestations.add(kept.message, header)
                 self.statements.certify(Certificate(header.h, header.digest, header.certificate))

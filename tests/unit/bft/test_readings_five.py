@@ -1,10 +1,14 @@
 """Executions of a fifth reading: each property did not hold once, for the reason told, or was attacked and held."""
 
+from collections.abc import Callable
+
 import pytest
 
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Certify
+from cloudfit_orchestrator.bft.usig.messages import Discarded, StreamMessage
 from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
 
@@ -63,3 +67,45 @@ def test_the_widest_skip_of_a_correct_member_stands():
     other.stable("r2", 3)
     other.skip("r2", 0, 2, 5)
     assert other.full_judge().streams["r2"].ended is None
+
+
+# ----- what is jumped over
+def exchange(*members: Machine) -> None:
+    """What these have sent each other arrives."""
+    names = {machine.me: machine for machine in members}
+    for _ in range(6):
+        for machine in members:
+            out, machine.sent = machine.sent, []
+            for peer, message in out:
+                to = names.get(peer.partition("#")[0])
+                if to is not None:
+                    to.hear(message, sender=f"{machine.me}#{int(machine.me[1]) + 1}", batches=False)
+
+
+@pytest.mark.parametrize("propose", [lambda h: h.prepare("r2", 0, 2), lambda h: h.skip("r2", 0, 2, 2)])
+def test_votes_for_a_proposal_that_was_jumped_over_count(propose: Callable[[House], StreamMessage]):
+    """A proposer showed its proposal to one member, and to the other that it had discarded it: this one jumped over
+    it, dropped the first one's COMMIT, and was stuck ahead of that slot. The first one had executed it and was content,
+    the proposer said no more: no certificate, no view change, no client ever answered.
+    """
+    house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
+    r0, r1 = Machine(house, "r0"), Machine(house, "r1")
+    house._number = 10
+    r1.client(house.bundle([(1, add(1))]))
+    r0.hear(*house.streams["r1"])
+    r1.hear(*house.streams["r0"], sender="r0#1")
+    digest = r0.core._at.execution.digests[1]
+    proposal = propose(house)  # by the faulty one, like the STABLE behind it
+    stable = house.stable("r2", 1, digest=digest, certificate=house.checkpoint(1, digest, "r0", "r2"))
+    r1.hear(proposal, stable, sender="r2#3")
+    assert r1.core.status["slot"] == 2
+    r0.hear(Discarded(stable, (house.streams["r1"][-1],)), sender="r2#3")
+    assert r0.core._at.ordering.configuration.streams["r2"].cursor == stable.cv
+    for number in range(3):  # from here on r2 is silent, and the network good
+        r0.client(house.bundle([(20 + number, add(1))]))
+        for _ in range(20):
+            r0.ticks(0.25)
+            r1.ticks(0.25)
+            exchange(r0, r1)
+    assert r0.core.status["slot"] >= 3
+    assert r0.core.status["slot"] == r1.core.status["slot"]
