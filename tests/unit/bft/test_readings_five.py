@@ -6,7 +6,8 @@ import pytest
 
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Certify
-from cloudfit_orchestrator.bft.usig.messages import Discarded, StreamMessage
+from cloudfit_orchestrator.bft.messages import Named
+from cloudfit_orchestrator.bft.usig.messages import Discarded, StreamMessage, decode_header
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import House
@@ -109,3 +110,32 @@ def test_votes_for_a_proposal_that_was_jumped_over_count(propose: Callable[[Hous
             exchange(r0, r1)
     assert r0.core.status["slot"] >= 3
     assert r0.core.status["slot"] == r1.core.status["slot"]
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_batch_that_only_a_replaced_member_holds_is_had_from_it(*, answers: bool):
+    """n=4, Qc=2, Qv=3: r3 and the faulty r2 have decided a slot, and r3's epoch is closed for its recovery. S of any
+    three wedges names the batch, so r3 must go on answering questions: the controller does not pause it.
+    """
+    house = House(4, period=4, window=16, parameters=PATIENT)
+    r0, r3 = Machine(house, "r0"), Machine(house, "r3")
+    (skipped,) = (house.skip("r1", 0, 1, 1),)
+    proposal = house.prepare("r2", 0, 2)
+    r3.hear(skipped, proposal, sender="r2#3")
+    assert r3.core.status["slot"] == 2
+    end = house.epoch_end("r3")
+    r0.hear(*[m for name in ("r1", "r2", "r3") for m in house.streams[name]], sender="r1#2", batches=False)
+    r0.core.record(house.successor())
+    r0.serve()
+    r0.core._at.ordering.take_end(end)
+    wedges = [house.streams["r0"][-1], house.wedge("r1"), house.wedge("r2")]
+    r0.hear(*wedges[1:], sender="r1#2", batches=False)
+    names = [Named(wedge.replica, wedge.cv, wedge.digest) for wedge in wedges]
+    for _ in range(20):
+        r0.ticks(0.25)
+        if answers:
+            exchange(r0, r3)
+    final = r0.core._at.ordering.final(names)
+    assert (final is not None) is answers
+    if final is not None:
+        assert (2, decode_header(proposal.header).batch) in final.choices
