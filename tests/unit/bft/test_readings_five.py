@@ -7,8 +7,10 @@ import pytest
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Certify
 from cloudfit_orchestrator.bft.messages import Named
-from cloudfit_orchestrator.bft.usig.messages import Discarded, StreamMessage, decode_header
+from cloudfit_orchestrator.bft.usig.messages import Commit, Discarded, Entry, NewView, StreamMessage, decode_header
+from cloudfit_orchestrator.guest.wal import MAX_RECORD
 from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
@@ -139,3 +141,22 @@ def test_a_batch_that_only_a_replaced_member_holds_is_had_from_it(*, answers: bo
     assert (final is not None) is answers
     if final is not None:
         assert (2, decode_header(proposal.header).batch) in final.choices
+
+
+def test_a_leader_logs_what_its_new_view_cites_in_records_that_the_log_takes():
+    """The logs behind a NEW-VIEW were one record. With wide windows f faulty logs, fat but in form, made it longer than
+    a record may be: the leader's process ended over it, and again whenever it led.
+    """
+    house = House(11, f=5, algorithm=Algorithm.MINBFT, period=1024, window=4096, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    fat = Commit(1, 0, (Entry(1, 1, "r0", 1, b"x" * 420, bytes(64)),) * 4096)
+    liars = ["r2", "r3", "r4", "r5", "r6"]
+    for liar in liars:
+        machine.hear(house.say(liar, fat), house.say(liar, fat), house.view_change(liar, 1), sender="r5#6")
+    machine.hear(*(house.statement(r, Kind.REQ, 1) for r in [*liars, "r7"]))
+    said = machine.said()
+    assert isinstance(said[-1], NewView)
+    assert max(map(len, machine.log)) <= MAX_RECORD
+    again = machine.restarted()
+    view = again.core._at.ordering.configuration.new_views[1]
+    assert {log[-1].replica for log in view.logs} == {"r1", *liars}
