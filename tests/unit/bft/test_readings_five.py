@@ -7,13 +7,22 @@ import pytest
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Certify
 from cloudfit_orchestrator.bft.messages import Named
-from cloudfit_orchestrator.bft.usig.messages import Commit, Discarded, Entry, NewView, StreamMessage, decode_header
+from cloudfit_orchestrator.bft.usig.messages import (
+    Commit,
+    Discarded,
+    Entry,
+    NewView,
+    Stable,
+    StreamMessage,
+    decode_header,
+)
 from cloudfit_orchestrator.guest.wal import MAX_RECORD
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
+from tests.unit.bft.test_readings_usig import Pair
 
 PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
 
@@ -160,3 +169,34 @@ def test_a_leader_logs_what_its_new_view_cites_in_records_that_the_log_takes():
     again = machine.restarted()
     view = again.core._at.ordering.configuration.new_views[1]
     assert {log[-1].replica for log in view.logs} == {"r1", *liars}
+
+
+def test_no_peer_makes_a_member_jump_over_votes_that_no_certificate_covers():
+    """A peer that was asked for a gap, as its owner's answer was slow, called discarded what was on its way: a COMMIT
+    that had decided a slot of the one who asked, for its owner alone. This one had executed it and was content, the peer
+    said no more, and whoever waited for that one answer waited for ever.
+    """
+    house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
+    pair = Pair(house)
+    r0, r1 = pair.members["r0"], pair.members["r1"]
+    r1.client(house.bundle([(1, add(1))]))
+    pair.exchange()
+    house.prepare("r2", 0, 2)
+    for member in (r0, r1):
+        member.hear(*house.streams["r2"], sender="r2#3")
+    pair.slow = True
+    r0.client(house.bundle([(2, add(1))]))  # slot 3 is r0's
+    r1.hear(*house.streams["r0"], sender="r0#1")
+    pair.ticks(0.2)
+    assert (r0.core.status["slot"], r1.core.status["slot"]) == (2, 3)
+    stable = house.streams["r1"][-1]
+    told = decode_header(stable.header)
+    assert isinstance(told, Stable)
+    attested = house.stable("r2", told.h, digest=told.digest, certificate=told.certificate)
+    r0.hear(stable, sender="r2#3")  # so r0 sees the gap, and asks
+    for _ in range(8):
+        r0.hear(Discarded(stable, (attested,)), sender="r2#3")
+        pair.ticks(0.4)
+    pair.catch_up()  # from here on r2 is silent, and the network good
+    pair.ticks(5)
+    assert r0.core.status["slot"] == 3
