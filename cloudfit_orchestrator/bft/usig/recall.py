@@ -39,6 +39,9 @@ def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
             found += cited(c, g, view.logs)
         found.append(LogView(view.message))
     found += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
+    if voice is not None:
+        for g, logs in configuration.cited.items():  # of an own NEW-VIEW that is on its way
+            found += cited(c, g, logs)
     found += _messages(configuration, voice)
     if voice is not None:
         found += [LogBody(c, cv, *body) for cv, body in sorted(voice.pending.items())]

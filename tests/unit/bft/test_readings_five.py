@@ -28,6 +28,13 @@ PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these execut
 
 
 # ----- the own log
+def cut(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot is durable, and it pays to write the log anew."""
+    with monkeypatch.context() as patched:
+        patched.setattr(recall, "REWRITE_SLACK", -(1 << 20))
+        machine.core.saved(1, 1)
+
+
 def test_a_certified_message_outlives_a_log_that_is_cut_before_it_was_processed(monkeypatch: pytest.MonkeyPatch):
     """A UI came, then the word that a snapshot was durable, both before the core processed what came in: the log was
     written anew without the message. Its owner had said it, could not prove it after a restart, and was silent for good.
@@ -41,9 +48,7 @@ def test_a_certified_message_outlives_a_log_that_is_cut_before_it_was_processed(
     machine.waiting.remove(asked)
     machine.wormhole = True
     machine._certify(asked)
-    with monkeypatch.context() as cut:
-        cut.setattr(recall, "REWRITE_SLACK", -(1 << 20))  # it pays
-        machine.core.saved(1, 1)  # before the effects of the UI are drained
+    cut(machine, monkeypatch)  # before the effects of the UI are drained
     machine.serve()
     assert machine.rewrites
     assert len(house.streams["r1"]) == asked.cv
@@ -200,3 +205,34 @@ def test_no_peer_makes_a_member_jump_over_votes_that_no_certificate_covers():
     pair.catch_up()  # from here on r2 is silent, and the network good
     pair.ticks(5)
     assert r0.core.status["slot"] == 3
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_a_log_that_is_cut_keeps_what_a_new_view_under_way_cites(*, certified: bool, monkeypatch: pytest.MonkeyPatch):
+    """While the UI of an own NEW-VIEW is waited for, or it waits to be processed, the logs behind it stood nowhere but
+    in the old log: cut, it left the leader unable to prove its NEW-VIEW after a restart.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    machine.hear(house.prepare("r0", 0, 1))
+    machine.wormhole = False
+    machine.hear(house.view_change("r2", 1), sender="r2#3")
+
+    def certify() -> None:
+        (asked,) = [effect for effect in machine.waiting if isinstance(effect, Certify)]
+        machine.waiting.remove(asked)
+        machine._certify(asked)
+
+    certify()  # the VIEW-CHANGE
+    machine.serve()
+    if certified:
+        certify()
+    cut(machine, monkeypatch)
+    if not certified:
+        certify()
+    machine.serve()
+    assert isinstance(machine.said()[-1], NewView)
+
+    again = machine.restarted()
+    view = again.core._at.ordering.configuration.new_views[1]
+    assert {log[-1].replica for log in view.logs} == {"r1", "r2"}
