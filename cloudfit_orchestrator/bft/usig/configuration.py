@@ -227,8 +227,8 @@ class Configuration:
     def restore_anchor(self, message: StreamMessage) -> None:
         """Start a stream at a STABLE of the own log."""
         header = decode_header(message.header)
-        if isinstance(header, Stable):
-            stream = self.streams[message.replica]
+        stream = self.streams[message.replica]
+        if isinstance(header, Stable) and stream.cursor < message.cv:  # else it was read: a cut log may have it twice
             kept = Kept(message, header, message.digest, stated(header))
             stream.jump(kept)
             self.entered.add(header.e)

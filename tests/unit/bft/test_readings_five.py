@@ -6,7 +6,7 @@ import pytest
 
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.effects import Certify
-from cloudfit_orchestrator.bft.messages import Named
+from cloudfit_orchestrator.bft.messages import Named, encode
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
@@ -236,3 +236,27 @@ def test_a_log_that_is_cut_keeps_what_a_new_view_under_way_cites(*, certified: b
     again = machine.restarted()
     view = again.core._at.ordering.configuration.new_views[1]
     assert {log[-1].replica for log in view.logs} == {"r1", "r2"}
+
+
+def test_a_jump_is_read_again_once(monkeypatch: pytest.MonkeyPatch):
+    """A log that was cut between a jump and the next processing had the anchor twice, the second time behind what
+    followed it: read again, the stream went back to the anchor and had lost what it held beyond.
+    """
+    house = House(3, period=1, window=4, parameters=PATIENT)
+    machine = Machine(house, "r0")
+    first = house.prepare("r1", 0, 1)
+    machine.hear(first, sender="r2#3")
+    machine.ticks(0.2)
+    digest = machine.core._at.execution.digests[1]
+    truth = {"digest": digest, "certificate": house.checkpoint(1, digest)}
+    house.commit("r1", house.skip("r2", 0, 2, 2))
+    stable = house.stable("r1", 1, **truth)
+    attested = house.stable("r2", 1, **truth)
+    machine.core.receive("r1#2", encode(Discarded(stable, (attested,))))
+    machine.core.receive("r1#2", encode(house.prepare("r1", 0, 4)))
+    cut(machine, monkeypatch)
+    machine.serve()
+    stream = machine.core._at.ordering.configuration.streams["r1"]
+    assert (stream.base, stream.cursor) == (stable.cv - 1, stable.cv + 1)
+    again = machine.restarted().core._at.ordering.configuration.streams["r1"]
+    assert (again.base, again.cursor) == (stream.base, stream.cursor)
