@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from cloudfit_orchestrator.bft import recall
+from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
 from cloudfit_orchestrator.bft.effects import Certify
-from cloudfit_orchestrator.bft.messages import Named, encode
+from cloudfit_orchestrator.bft.messages import Named, StatementMessage, encode
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
@@ -18,7 +19,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
 )
 from cloudfit_orchestrator.guest.wal import MAX_RECORD
 from cloudfit_orchestrator.model.record import Algorithm
-from cloudfit_orchestrator.model.statement import Kind
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
@@ -260,3 +261,32 @@ def test_a_jump_is_read_again_once(monkeypatch: pytest.MonkeyPatch):
     assert (stream.base, stream.cursor) == (stable.cv - 1, stable.cv + 1)
     again = machine.restarted().core._at.ordering.configuration.streams["r1"]
     assert (again.base, again.cursor) == (stream.base, stream.cursor)
+
+
+# ----- who is suspected
+def test_a_leader_that_overlooks_a_client_is_suspected():
+    """Whatever was executed counted as progress: a leader that served some clients was never suspected by those who had
+    handed another one's request on to it, and that client waited for ever.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=64, window=256, clients=2)
+    machine = Machine(house, "r1")
+    machine.client(house.bundle([(1, add(1))]))
+    for s in range(1, 121):
+        machine.hear(house.prepare("r0", 0, s, house.batch(client=1)), sender="r0#1")
+        machine.ticks(0.25)
+        assert machine.core.status["slot"] == s
+    asked = [m for _, m in machine.sent if isinstance(m, StatementMessage) and m.kind == Kind.REQ]
+    assert {LAYOUT[Kind.REQ].unpack(m.body)[0] for m in asked} >= {1}
+
+
+def test_a_leader_that_serves_everybody_in_turn_is_not_suspected():
+    house = House(3, algorithm=Algorithm.MINBFT, period=64, window=256, clients=2)
+    machine = Machine(house, "r1")
+    for s in range(1, 121):
+        data = house.bundle([(s, add(1))])
+        machine.client(data)  # each waits for a second and a half, behind those before it
+        late = make_batch([house.bundle([(max(1, s - 5), add(1))])])
+        house.batches[batch_digest(late)] = late
+        machine.hear(house.prepare("r0", 0, s, batch_digest(late)), sender="r0#1")
+        machine.ticks(0.25)
+    assert not [m for _, m in machine.sent if isinstance(m, StatementMessage) and m.kind == Kind.REQ]
