@@ -7,7 +7,7 @@ import pytest
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
 from cloudfit_orchestrator.bft.effects import Certify
-from cloudfit_orchestrator.bft.messages import Named, StatementMessage, encode
+from cloudfit_orchestrator.bft.messages import NOOP, Named, StatementMessage, encode
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     Discarded,
@@ -38,7 +38,7 @@ def cut(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_certified_message_outlives_a_log_that_is_cut_before_it_was_processed(monkeypatch: pytest.MonkeyPatch):
     """A UI came, then the word that a snapshot was durable, both before the core processed what came in: the log was
-    written anew without the message. Its owner had said it, could not prove it after a restart, and was silent for good.
+    written anew without the message. Its owner had said it, could not prove it once restarted, and was silent for good.
     """
     house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4, parameters=PATIENT)
     machine = Machine(house, "r1")
@@ -179,8 +179,8 @@ def test_a_leader_logs_what_its_new_view_cites_in_records_that_the_log_takes():
 
 def test_no_peer_makes_a_member_jump_over_votes_that_no_certificate_covers():
     """A peer that was asked for a gap, as its owner's answer was slow, called discarded what was on its way: a COMMIT
-    that had decided a slot of the one who asked, for its owner alone. This one had executed it and was content, the peer
-    said no more, and whoever waited for that one answer waited for ever.
+    that had decided a slot of the one who asked, for its owner alone. This one had executed it and was content, the
+    peer said no more, and whoever waited for that one answer waited for ever.
     """
     house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
     pair = Pair(house)
@@ -290,3 +290,21 @@ def test_a_leader_that_serves_everybody_in_turn_is_not_suspected():
         machine.hear(house.prepare("r0", 0, s, batch_digest(late)), sender="r0#1")
         machine.ticks(0.25)
     assert not [m for _, m in machine.sent if isinstance(m, StatementMessage) and m.kind == Kind.REQ]
+
+
+def test_a_proposer_of_no_batch_at_all_is_the_one_who_is_blacklisted():
+    """A PREPARE of the digest that stands for no request: nobody held such a batch, so nobody voted and each view timed
+    out; but a merge took it for a no-op, and blamed the proposer of the next slot, who was correct, for ever.
+    """
+    house = House(4, period=4, window=16)
+    house.prepare("r1", 0, 1)
+    house.prepare("r2", 0, 2, NOOP)
+    votes = [house.view_change(r, 1) for r in ("r0", "r1", "r3")]
+    judge = house.full_judge()
+    assert judge.streams["r2"].ended == 1
+    assert house.merged(1, votes, judge).blacklist == ("r2",)
+    other = House(4, period=4, window=16)
+    other.prepare("r1", 0, 1)
+    other.prepare("r2", 0, 2, NOOP)
+    votes = [other.view_change(r, 1) for r in ("r0", "r1", "r2")]
+    assert len(other.full_judge().votes.of(1)) == 2, "what follows it is no vote"
