@@ -24,7 +24,7 @@ READ_BYTES = 256 << 10  # of operations in one message
 
 @dataclass(slots=True)
 class _Waiting:
-    record: ConfigRecord  # answers count under this one only: R of another is no quorum that meets its writes and wedges
+    record: ConfigRecord  # answers count under this one only: R of another meets neither its writes nor its wedges
     operations: tuple[bytes, ...]
     answers: "list[asyncio.Future[bytes | None]]"
     timer: asyncio.TimerHandle

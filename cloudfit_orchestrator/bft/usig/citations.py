@@ -26,7 +26,7 @@ class Citations:
         genuine: Callable[[StreamMessage], bool],
         name: Callable[[bytes, int], None],
     ) -> None:
-        """`genuine` tells whether a message's UI is its sender's; `name` hears of batches that standing proposals name."""
+        """`genuine` tells whether a message's UI is its sender's; `name` hears of batches that proposals name."""
         self._record = record
         self._streams = streams
         self._slots = slots
@@ -96,7 +96,7 @@ class Citations:
             self._vote(voter, citation, state)
 
     def settle(self) -> None:
-        """Count votes for what was jumped over, let go of those for what stands behind its stream's end; want the rest."""
+        """Count votes for what was jumped over, let go of those for what is behind its stream's end; want the rest."""
         for proposer, cv in list(self._waiting):
             stands = self._streams[proposer].stands(cv)
             if stands:

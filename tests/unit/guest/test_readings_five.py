@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 
 from cloudfit_orchestrator.bft.effects import Append, DropSnapshots, SaveSnapshot
 from cloudfit_orchestrator.bft.store import StateStore
@@ -57,8 +58,7 @@ class PageCache:
     def _synced(self, fd: int) -> None:
         status = os.fstat(fd)
         try:
-            with open(f"/proc/self/fd/{fd}", "rb") as file:
-                self.durable[status.st_ino] = file.read()
+            self.durable[status.st_ino] = Path(f"/proc/self/fd/{fd}").read_bytes()
         except IsADirectoryError:
             self.directories.add(status.st_ino)
 
