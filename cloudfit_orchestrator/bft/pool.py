@@ -84,6 +84,11 @@ class Pool:
         for waiting in self._bundles.values():
             waiting.forwarded = False
 
+    def forward_again(self) -> None:
+        """They may have found no room where they were handed on to."""
+        for waiting in self._fresh.values():
+            waiting.forwarded = False
+
     def to_forward(self) -> list[Waiting]:
         """Bundles neither proposed here nor handed on yet; they are marked."""
         found = [waiting for waiting in self._fresh.values() if not waiting.forwarded]

@@ -6,6 +6,7 @@ from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import Situation
 
 MAX_TIMEOUT_S = 60.0
+PATIENCE = 4  # time-outs that a bundle may wait though others' are executed: then it is handed on again, then suspected
 
 
 class Suspicion:
@@ -16,9 +17,13 @@ class Suspicion:
         self._out = outbox
         self._desk = desk
         self._timeout_s = 1.0
+        self._view = 0
+        self._patient_from_s = 0.0  # a bundle's wait counts from here, in this view
+        self._handed_on: float | None = None  # when the bundle arrived that was handed on again as it had waited long
 
     def begin(self, ordering: Ordering) -> None:
         """A new configuration."""
+        self._patient_from_s = self._out.now_s
         self._timeout_s = ordering.record.parameters.progress_timeout_ms / 1000
         self._at.progress_s = self._out.now_s
 
@@ -42,11 +47,26 @@ class Suspicion:
             if oldest is None and (newest is None or newest.slot <= at.execution.slot):
                 at.progress_s = self._out.now_s
             return
-        if self._out.now_s - at.progress_s < self._timeout_s:
+        stands_still = self._out.now_s - at.progress_s >= self._timeout_s
+        if not stands_still and not self._overlooked(ordering, oldest):
             return
         self._desk.prune(ordering.record)
         if not waiting and not len(at.pool):
             return
+        if not stands_still and (at.pool.oldest_s() != oldest or self._handed_on != oldest):
+            self._patient_from_s, self._handed_on = self._out.now_s, at.pool.oldest_s()
+            at.pool.forward_again()
+            return
+        self._patient_from_s = self._out.now_s
         at.progress_s = self._out.now_s
         self._timeout_s = min(self._timeout_s * 2, MAX_TIMEOUT_S)
         ordering.suspect()
+
+    def _overlooked(self, ordering: Ordering, oldest_s: float | None) -> bool:
+        """The bundle that waits longest has waited long in this view, though slots are executed: who proposes serves
+        others only, perhaps.
+        """
+        if ordering.view != self._view:
+            self._view, self._patient_from_s = ordering.view, self._out.now_s
+        since_s = max(oldest_s, self._patient_from_s) if oldest_s is not None else self._out.now_s
+        return self._out.now_s - since_s >= PATIENCE * self._timeout_s

@@ -209,7 +209,9 @@ class _Recovery:
             self._own_agent().freeze(self._old_ref(), self._base.c)
         except (NotAdmittedError, NoEpochError):
             self._say("freeze", "its agent lost the keys: it cannot speak anyway")
-        if machine.state is MachineState.RUNNING:
+        # One that is only due goes on answering questions until it is replaced: it and the faulty ones may be all who
+        # hold a batch that S names. Of one that is suspected nothing is expected.
+        if machine.state is MachineState.RUNNING and self._circumstances.suspected:
             self._x.sites.cloud(self._cloud).pause(machine)
         return {}
 

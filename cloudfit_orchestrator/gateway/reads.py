@@ -24,6 +24,7 @@ READ_BYTES = 256 << 10  # of operations in one message
 
 @dataclass(slots=True)
 class _Waiting:
+    record: ConfigRecord  # answers count under this one only: R of another meets neither its writes nor its wedges
     operations: tuple[bytes, ...]
     answers: "list[asyncio.Future[bytes | None]]"
     timer: asyncio.TimerHandle
@@ -79,26 +80,26 @@ class Reads:
             number = self._number
             operations = tuple(operation for operation, _ in part)
             timer = asyncio.get_running_loop().call_later(WAIT_S, self._give_up, number)
-            self._waiting[number] = _Waiting(operations, [answer for _, answer in part], timer)
+            self._waiting[number] = _Waiting(self._record(), operations, [answer for _, answer in part], timer)
             self._send(encode(Read(number, operations)))
 
     def take(self, reply: ReadReply) -> bool:
         """Count an answer. False if it proves nothing."""
         waiting = self._waiting.get(reply.number)
-        record = self._record()
         if waiting is None:
             return True
-        if not reply.seen or reply.c != record.c:
+        if not reply.seen or reply.c != waiting.record.c:
             self._give_up(reply.number)
             return True
-        if len(reply.seen) != len(waiting.operations) or not self._proved(record, waiting, reply):
+        if len(reply.seen) != len(waiting.operations) or not self._proved(waiting, reply):
             return False
         waiting.replies[reply.replica] = reply
-        if len(waiting.replies) >= read_quorum(record):
+        if len(waiting.replies) >= read_quorum(waiting.record):
             self._count(reply.number, waiting)
         return True
 
-    def _proved(self, record: ConfigRecord, waiting: _Waiting, reply: ReadReply) -> bool:
+    def _proved(self, waiting: _Waiting, reply: ReadReply) -> bool:
+        record = waiting.record
         member = record.member(reply.replica)
         if member is None or not 0 <= reply.slot < 1 << 63:
             return False

@@ -25,10 +25,12 @@ from cloudfit_orchestrator.model.channel import (
     ErrorCode,
     FrameKind,
 )
+from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.model.ui import EpochEnd
 
 RETRY_S = (0.05, 1.0)  # first and last wait after a refusal that may pass: the record has not arrived here yet
 MAX_WAITING = 1024  # statements and reports that wait for the channel; the oldest gives way
+MAX_SHOWN = 768  # of them, before no reply or read joins them: the rest of the channel is for UIs and what all wait for
 MAX_REPORT = MAX_GUEST_FRAME - 256
 _PASSING = frozenset({ErrorCode.NOT_ACTIVE, ErrorCode.NO_EPOCH, ErrorCode.THROTTLED, ErrorCode.FORBIDDEN})
 
@@ -123,7 +125,10 @@ class Certifier:
             self._ask_ui(effect.c, effect.cv, effect.digest)
 
     def sign(self, effect: Sign) -> None:
-        """SIGN."""
+        """SIGN. A reply or read is given up where too much waits: clients ask again."""
+        if effect.kind in (Kind.REPLY, Kind.READ) and len(self._statements) >= MAX_SHOWN:
+            self._counters["replies given up"] += 1
+            return
         self._statements[effect.token] = effect
         if len(self._statements) > MAX_WAITING:
             del self._statements[next(iter(self._statements))]

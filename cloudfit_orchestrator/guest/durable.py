@@ -65,6 +65,7 @@ class Durable:
         self._queue: deque[bytes | Rewrite | Action] = deque()
         self._waiting_bytes = 0
         self._jobs: deque[tuple[SaveSnapshot, Action] | DropSnapshots] = deque()
+        self._drops: list[set[tuple[int, int]]] = []  # that wait for the log: what was saved since each was ordered
         self._log_task: asyncio.Task[None] | None = None
         self._scheduled = False
         self._turn = turn or Turn()
@@ -108,11 +109,22 @@ class Durable:
         saves = [job for job in self._jobs if not isinstance(job, DropSnapshots)]
         if len(saves) >= MAX_WAITING_SAVES:
             self._jobs.remove(saves[0])
+        for later in self._drops:
+            later.add((effect.c, effect.slot))
         self._add_job((effect, saved))
 
     def drop(self, effect: DropSnapshots) -> None:
-        """Forget snapshots, but not before the log that no longer refers to them is durable."""
-        self.after(lambda: self._add_job(effect))
+        """Forget snapshots, but not before the log that no longer refers to them is durable; nor any that is saved
+        meanwhile, of which the order could not know.
+        """
+        later: set[tuple[int, int]] = set()
+        self._drops.append(later)
+
+        def begin() -> None:
+            self._drops = [other for other in self._drops if other is not later]
+            self._add_job(DropSnapshots((*effect.keep, *later)))
+
+        self.after(begin)
 
     async def close(self) -> None:
         """Wait for the round under way, then close. What waits is lost, as in a crash."""

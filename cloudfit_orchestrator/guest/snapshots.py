@@ -114,6 +114,7 @@ class SnapshotFiles:
         self._sizes: dict[int, int] = {}
         if not read_only:
             with disk_errors("clean up in", directory):
+                sync_directory(directory)  # an index is believed to be durable: its rename may not be, see `wal`
                 self._sweep(newest)
                 self._sizes = {segment_number(path): path.stat().st_size for path in self._files("segment-")}
 

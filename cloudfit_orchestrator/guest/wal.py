@@ -12,7 +12,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError, disk_errors, open_regular, write_durably
+from cloudfit_orchestrator.guest.storage import (
+    DiskFailedError,
+    DiskFullError,
+    disk_errors,
+    open_regular,
+    sync_directory,
+    write_durably,
+)
 from cloudfit_orchestrator.model.errors import BadInputError
 
 MAX_RECORD = 16 << 20  # bytes; the largest is a NEW-VIEW with its view changes, a peer frame of 8 MiB and its headers
@@ -137,9 +144,14 @@ class WriteAheadLog:
                 for record in self._frames(file, size):
                     self._end += _FRAME.size + len(record)
         self.cut_bytes += size - self._end
-        if size > self._end and not self._read_only:
+        if self._read_only:
+            return
+        if size > self._end:
             self._file.truncate(self._end)
-            self._sync()
+        # A process that ended between write and fsync, or rename and fsync, left what only the page cache has. What
+        # is read here is said again, and nothing new need be written before: so it is made durable now.
+        self._sync()
+        sync_directory(self.path.parent)
 
     def _frames(self, file: BinaryIO, end: int) -> Iterator[bytes]:
         at = _HEADER_BYTES

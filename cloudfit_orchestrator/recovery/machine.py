@@ -17,7 +17,7 @@ class Stage(StrEnum):
     EXTRACT = "extract"  # recovery VM over the snapshot; the learner takes the chunks that verify
     PRECOPY = "precopy"  # the learner follows the members until it is behind by nothing
     RETIRE = "retire"  # members get the signed RETIRE and stop relying on the replica
-    FREEZE = "freeze"  # epoch frozen, VM paused: whatever it does, it cannot speak
+    FREEZE = "freeze"  # epoch frozen, a suspected one's VM paused: whatever it does, it cannot speak
     JUDGE = "judge"  # do the others reach a view-change quorum without its vote?
     THAW = "thaw"  # undo FREEZE: they do not, and nobody suspects it
     CLOSE = "close"  # EPOCH-END of the old epoch, handed to the others

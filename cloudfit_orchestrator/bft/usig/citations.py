@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from cloudfit_orchestrator.bft.messages import NOOP
+from cloudfit_orchestrator.bft.usig.judge import StreamState
 from cloudfit_orchestrator.bft.usig.merge import Proposal, slots_of
 from cloudfit_orchestrator.bft.usig.messages import Commit, Header, Prepare, Skip, StreamMessage, decode_header
 from cloudfit_orchestrator.bft.usig.slots import Slots
@@ -23,14 +24,16 @@ class Citations:
         slots: Slots,
         wanted: Wanted,
         genuine: Callable[[StreamMessage], bool],
+        name: Callable[[bytes, int], None],
     ) -> None:
-        """`genuine` tells whether a message's UI is its sender's."""
+        """`genuine` tells whether a message's UI is its sender's; `name` hears of batches that proposals name."""
         self._record = record
         self._streams = streams
         self._slots = slots
         self._wanted = wanted
         self._genuine = genuine
-        self._waiting: dict[tuple[str, int], list[tuple[str, Citation]]] = {}
+        self._name = name
+        self._waiting: dict[tuple[str, int], list[tuple[str, Citation, StreamState]]] = {}
 
     def __len__(self) -> int:
         """Votes that wait."""
@@ -63,35 +66,42 @@ class Citations:
                 found[(entry.proposer, entry.cv)] = Citation(entry.proposer, entry.cv, carried)
         return tuple(found.values())
 
-    def cite(self, voter: str, citation: Citation) -> None:
-        """`voter`'s stream votes for the cited proposal."""
+    def cite(self, voter: str, citation: Citation, state: StreamState) -> None:
+        """`voter`'s stream, in `state`, votes for the cited proposal."""
         stream = self._streams[citation.proposer]
         stands = stream.stands(citation.cv)
         if stands:
-            self._vote(voter, citation)
+            self._vote(voter, citation, state)
         elif stands is None and citation.cv <= stream.cursor + MAX_AHEAD:  # further ahead, a checkpoint will cover it
-            self._waiting.setdefault((citation.proposer, citation.cv), []).append((voter, citation))
+            self._waiting.setdefault((citation.proposer, citation.cv), []).append((voter, citation, state))
             self._wanted.stream(citation.proposer, citation.cv)
 
-    def _vote(self, voter: str, citation: Citation) -> None:
-        stream = self._streams[citation.proposer]
-        kept = stream.kept.get(citation.cv)
-        if kept is None:
-            return  # behind an attested anchor: a checkpoint covers its slots
+    def _vote(self, voter: str, citation: Citation, state: StreamState) -> None:
+        """The proposal stands; so it is its proposer's vote, too, also where the cursor has jumped over it. `state` is
+        the voter's: it was in the proposal's view, and so knows whose turn each slot is.
+        """
         header = citation.header
         batch = header.batch if isinstance(header, Prepare) else NOOP
-        for s in slots_of(header, self._record, kept.state, citation.proposer):
-            self._slots.vote(Proposal(header.g, s, citation.proposer, citation.cv, batch), voter)
+        jumped_over = citation.cv not in self._streams[citation.proposer].kept
+        for s in slots_of(header, self._record, state, citation.proposer):
+            proposal = Proposal(header.g, s, citation.proposer, citation.cv, batch)
+            if jumped_over:
+                self._slots.propose(proposal)
+                self._name(batch, s)
+            self._slots.vote(proposal, voter)
 
     def resolve(self, proposer: str, cv: int) -> None:
         """Message `cv` of that stream stands: votes for it count."""
-        for voter, citation in self._waiting.pop((proposer, cv), ()):
-            self._vote(voter, citation)
+        for voter, citation, state in self._waiting.pop((proposer, cv), ()):
+            self._vote(voter, citation, state)
 
     def settle(self) -> None:
-        """Let go of votes for what was jumped over, or stands behind its stream's end; want the rest."""
+        """Count votes for what was jumped over, let go of those for what is behind its stream's end; want the rest."""
         for proposer, cv in list(self._waiting):
-            if self._streams[proposer].stands(cv) is not None:
+            stands = self._streams[proposer].stands(cv)
+            if stands:
+                self.resolve(proposer, cv)
+            elif stands is False:
                 del self._waiting[(proposer, cv)]
             else:
                 self._wanted.stream(proposer, cv)

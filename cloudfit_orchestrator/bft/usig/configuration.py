@@ -73,7 +73,12 @@ class Configuration:
         self.wanted = Wanted()
         self.votes = LogVotes(record, self.streams, self.wanted, controller_keys)
         self.citations = Citations(
-            record, streams=self.streams, slots=self.slots, wanted=self.wanted, genuine=self.genuine
+            record,
+            streams=self.streams,
+            slots=self.slots,
+            wanted=self.wanted,
+            genuine=self.genuine,
+            name=self._name,
         )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
         self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind the NEW-VIEW judged last
@@ -224,8 +229,8 @@ class Configuration:
     def restore_anchor(self, message: StreamMessage) -> None:
         """Start a stream at a STABLE of the own log."""
         header = decode_header(message.header)
-        if isinstance(header, Stable):
-            stream = self.streams[message.replica]
+        stream = self.streams[message.replica]
+        if isinstance(header, Stable) and stream.cursor < message.cv:  # else it was read: a cut log may have it twice
             kept = Kept(message, header, message.digest, stated(header))
             stream.jump(kept)
             self.entered.add(header.e)
@@ -329,7 +334,7 @@ class Configuration:
                     self._name(batch, s)
             case Commit():
                 for citation in kept.entries:
-                    self.citations.cite(replica, citation)
+                    self.citations.cite(replica, citation, state)
             case Stable():
                 self.attestations.add(kept.message, header)
                 self.statements.certify(Certificate(header.h, header.digest, header.certificate))

@@ -8,8 +8,16 @@ from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import replica_of
 from cloudfit_orchestrator.bft.turns import Turns
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
-from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, FetchNewView
+from cloudfit_orchestrator.bft.usig.messages import (
+    Discarded,
+    Fetch,
+    FetchNewView,
+    Stable,
+    StreamMessage,
+    decode_header,
+)
 from cloudfit_orchestrator.bft.usig.serving import answer_fetch, answer_view
+from cloudfit_orchestrator.model.errors import BadError
 
 PATIENCE_S = 1.0  # what was asked for is not asked for again while it comes in, nor sooner than this
 STUCK_S = 0.5  # a stream that stands still for so long may be jumped ahead on another's word than its owner's
@@ -68,7 +76,8 @@ class Fetching:
 
     def take_discarded(self, peer: str, message: Discarded) -> None:
         """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream
-        has stood still for a while, as a faulty peer might make us jump over what correct ones still have.
+        has stood still for a while, and only where nothing is lost by it, as a faulty peer might make us jump over what
+        correct ones still have.
         """
         replica = message.stable.replica
         stream = self._configuration.streams.get(replica)
@@ -81,10 +90,25 @@ class Fetching:
         if cursor != stream.cursor:
             self._stuck[replica] = (stream.cursor, self._out.now_s)
         asked = self._asked.get(replica)
-        if replica_of(peer) != replica and (asked is None or asked[0] > message.stable.cv):
+        if replica_of(peer) != replica and (
+            asked is None or asked[0] > message.stable.cv or not self._is_covered(message.stable)
+        ):
             return
         if replica_of(peer) == replica or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
             self._configuration.offer_jump(message)
+
+    def _is_covered(self, stable: StreamMessage) -> bool:
+        """What a jump to that STABLE leaves out concerns slots of a certified state only: its owner's votes ahead of it
+        were for slots up to h+L. A correct peer has let go of no more than that (§4).
+        """
+        newest = self._configuration.statements.newest
+        try:
+            header = decode_header(stable.header)
+        except BadError:
+            return False
+        if newest is None or not isinstance(header, Stable):
+            return False
+        return header.h + self._configuration.record.parameters.window <= newest.slot
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """Answer a question about this configuration. False if it was none."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from cloudfit_orchestrator.bft.messages import Signed, Value
+from cloudfit_orchestrator.bft.messages import NOOP, Signed, Value
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
     CommitNewView,
@@ -196,6 +196,10 @@ def _ordering(
         return Broken("R3: not the proposer of this slot")
     if first <= state.p:
         return Broken("R3: proposals go upwards")
+    if isinstance(header, Prepare) and header.batch == NOOP:  # nobody could vote for it, a merge would: see SKIP
+        return Broken("form: PREPARE of no batch")
+    if last - first > 2 * window:  # p may lie far behind h': of a view that the others have left
+        return Broken("form: SKIP over more than 2L slots")
     if last > state.h + window:
         return Broken("R2: proposal beyond h'+L")
     return replace(state, since=since, p=last)

@@ -117,7 +117,7 @@ def _proposals(
 ) -> list[Proposal]:
     # The voter had entered the proposal's view (R1), so its state knows who proposes in it.
     if isinstance(header, Skip) and header.s2 - header.s1 > 2 * record.parameters.window:
-        return []  # cannot stand (R2, R3); bounds the work
+        return []  # cannot stand (form); bounds the work
     batch = header.batch if isinstance(header, Prepare) else NOOP
     return [Proposal(header.g, s, proposer, cv, batch) for s in slots_of(header, record, state, proposer)]
 

@@ -172,7 +172,8 @@ class UsigOrdering(Ordering):
     def _say(self, cv: int, header: bytes, payload: bytes) -> None:
         if payload:  # a NEW-VIEW: we may be the only one who can prove it, also after a restart
             for g, logs in self.configuration.cited.items():
-                self._out.journal(LogCited(self.record.c, g, logs))
+                for entry in recall.cited(self.record.c, g, logs):
+                    self._out.journal(entry)
         self._out.journal(LogBody(self.record.c, cv, header, payload))
         self._out.put(Certify(self.record.c, cv, message_digest(header, payload)))
 
@@ -259,7 +260,8 @@ class UsigOrdering(Ordering):
             case LogView() if entry.message.c == c:
                 configuration.restore_view(entry.message)
             case LogCited() if entry.c == c:
-                configuration.cited[entry.g] = entry.logs
+                known = {log[-1].replica: log for log in (*configuration.cited.get(entry.g, ()), *entry.logs) if log}
+                configuration.cited[entry.g] = tuple(known.values())
             case LogBody() if self.voice is not None and entry.c == c:
                 self.voice.pending[entry.cv] = (entry.header, entry.payload)
             case LogUI() if entry.c == c:

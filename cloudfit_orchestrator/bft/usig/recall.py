@@ -1,9 +1,12 @@
 """The streams of one configuration as log entries, and EPOCH-END as it travels."""
 
+from collections.abc import Sequence
+
 from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.bft.usig.journal import LogAnchor, LogBody, LogCited, LogEnd, LogMessage, LogUI, LogView
-from cloudfit_orchestrator.bft.usig.messages import EpochEndMessage
+from cloudfit_orchestrator.bft.usig.messages import EpochEndMessage, StreamMessage
+from cloudfit_orchestrator.bft.usig.serving import MAX_LOG, log_bytes
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.ui import EpochEnd
 
@@ -20,15 +23,25 @@ def epoch_end(message: EpochEndMessage) -> EpochEnd:
     )
 
 
+def cited(c: int, g: int, logs: Sequence[tuple[StreamMessage, ...]]) -> list[LogCited]:
+    """The logs behind a NEW-VIEW, one a record: together they may be longer than a record can be. Those that are too
+    long to be handed on are of no use later.
+    """
+    return [LogCited(c, g, (log,)) for log in logs if log_bytes(log) <= MAX_LOG]
+
+
 def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
     """Entries that rebuild the streams as they are kept."""
     c, streams = configuration.record.c, configuration.streams.values()
     found: list[Frozen] = []
     for g, view in sorted(configuration.new_views.items()):
         if voice is not None and view.message.replica == voice.me and view.logs:
-            found.append(LogCited(c, g, view.logs))
+            found += cited(c, g, view.logs)
         found.append(LogView(view.message))
     found += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
+    if voice is not None:
+        for g, logs in configuration.cited.items():  # of an own NEW-VIEW that is on its way
+            found += cited(c, g, logs)
     found += _messages(configuration, voice)
     if voice is not None:
         found += [LogBody(c, cv, *body) for cv, body in sorted(voice.pending.items())]
@@ -49,4 +62,6 @@ def _messages(configuration: Configuration, voice: Voice | None) -> list[Frozen]
                 found.append(LogUI(message.c, cv, message.certificate))
             else:
                 found.append(LogMessage(message))
+    if voice is not None:  # own ones that are certified, and in the log, but not processed yet
+        found += [LogMessage(item.message) for _, item in sorted(configuration.streams[voice.me].waiting.items())]
     return found

@@ -1,6 +1,6 @@
 """Answers to peers' questions about streams: messages and NEW-VIEWs. Reads only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cloudfit_orchestrator.bft.messages import MAX_FETCH, MAX_PEER_FRAME, Frozen
 from cloudfit_orchestrator.bft.serving import MAX_ANSWER
@@ -50,6 +50,11 @@ def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Froz
         yield message
 
 
+def log_bytes(log: Sequence[StreamMessage]) -> int:
+    """About how long a log is in a frame, or in a record of the write-ahead log."""
+    return sum(len(message.header) + len(message.payload) for message in log)
+
+
 def answer_view(configuration: Configuration, question: FetchNewView) -> Iterator[Frozen]:
     """The NEW-VIEW of a view, the logs of its VIEW-CHANGEs, and the COMMITs of it: each, if it stands, proves that the
     NEW-VIEW does. Of a view without one, or of the wedge (g = WEDGE), the logs of all votes that are here, those of
@@ -61,6 +66,6 @@ def answer_view(configuration: Configuration, question: FetchNewView) -> Iterato
             yield view.message
         votes = configuration.votes.of(question.g)
         for log in view.logs if view is not None and view.logs else [vote.log for vote in votes if vote.log]:
-            if sum(len(message.header) + len(message.payload) for message in log) <= MAX_LOG:
+            if log_bytes(log) <= MAX_LOG:
                 yield LogProof(log)
         yield from configuration.commits.get(question.g, {}).values()

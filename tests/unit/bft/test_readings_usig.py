@@ -29,6 +29,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
 )
 from cloudfit_orchestrator.bft.usig.serving import answer_view
 from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.model.statement import Kind
 from cloudfit_orchestrator.services.counter import add
 from tests.unit.bft.house import WEDGE, House
 from tests.unit.bft.machine import Machine
@@ -333,6 +334,9 @@ def test_that_a_log_is_discarded_is_believed_of_who_was_asked_only():
     machine.hear(stable)  # now the COMMIT ahead of it is missing, and asked for
     machine.ticks(2)
     assert any(isinstance(message, Fetch) and message.replica == "r1" for _, message in machine.sent)
+    told()
+    assert stream.base == 0, "its votes for slots up to 5 may be needed"
+    machine.hear(*(house.statement(member, Kind.CHECKPOINT, 5, bytes(32)) for member in ("r1", "r2")))
     told()
     assert stream.base == stable.cv - 1
 

@@ -64,6 +64,21 @@ def test_the_old_machine_serves_until_the_new_one_is_up_to_date(bench: Bench) ->
     assert log.index("passau resume", first_pause) < log.index("agent passau freeze")
 
 
+def test_only_the_machine_of_a_suspected_replica_is_paused_while_it_is_replaced(short: Path) -> None:
+    """With k = 1 a slot is decided by one faulty member and the one that is due. The batch was with these two alone:
+    paused at the freeze, the due one could not hand it round, and no successor could be computed from any wedges.
+    """
+    for suspected in (False, True):
+        bench = Bench(short / f"home-{suspected}")
+        apply(bench.process(), spec())
+        bench.world.log.clear()
+        assert start(bench.process(), suspected=suspected).outcome == "done"
+        log = bench.world.log
+        since_freeze = log[log.index("agent passau freeze") :]
+        assert ("passau pause" in since_freeze) is suspected
+        bench.close()
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 def test_killed_at_every_point_and_run_again_it_ends_in_the_same_place(short: Path, part: int) -> None:
     counting = Bench(short / "count")

@@ -167,3 +167,21 @@ async def test_reports_are_plain_json_within_their_limit():
         assert agent.reports[0] == {"topic": "a", "bytes": "01", "set": [1, 2]}
         assert agent.reports[1]["topic"] == "b"
         assert agent.reports[1]["omitted_bytes"] > 100_000
+
+
+@scenario
+async def test_a_flood_of_replies_and_reads_leaves_room_for_the_uis():
+    """An admitted client's reads filled all that may be under way; a UI that was asked for meanwhile was not asked for
+    at all, nor again, as nothing was refused: a wedge was never certified, and no successor came.
+    """
+    async with certifier() as (c, core, agent):
+        c.want_session(1)
+        await until(lambda: core.named("session"))
+        agent.mute = True  # the wormhole is slow
+        for token in range(3000):
+            c.sign(Sign(1, Kind.READ, bytes(80), token, waits=False))
+        c.certify(Certify(1, 1, digest(1)))
+        c.sign(Sign(1, Kind.CHECKPOINT, bytes(40), 3001))
+        await until(lambda: sum(kind == FrameKind.SIGN for kind, _ in agent.requests) > 512)
+        await until(lambda: any(kind == FrameKind.CREATE_UI for kind, _ in agent.requests))
+        await until(lambda: any(body[8:9] == bytes([Kind.CHECKPOINT]) for _, body in agent.requests if len(body) == 49))
