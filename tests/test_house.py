@@ -16,6 +16,7 @@ LONG_MODULES: dict[str, str] = {
 }
 # Where one `except Exception` is right: the boundary of a process, a thread or a driver. Module -> why.
 BROAD_EXCEPTS: dict[str, str] = {
+    "cloudfit_orchestrator/guest/channel.py": "in a callback of the loop: raised in the task that awaits the stream",
     "cloudfit_orchestrator/guest/durable.py": "around what waits for the disk: an error there must stop the replica",
     "cloudfit_orchestrator/guest/machine.py": "the only process: the error goes to the console, init starts again",
     "cloudfit_orchestrator/guest/runtime.py": "around the core: an error there must stop the replica, and be said",

@@ -189,7 +189,7 @@ async def _slow_rounds(tmp_path, monkeypatch):
     disk.gate.clear()
     disk.durable.write(Append(b"b"))
     disk.after("b")
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # the time in which nothing may happen
     assert disk.events == ["sync", "a"]  # in a thread: the loop is not held up
     disk.gate.set()
     await until(lambda: "b" in disk.events)
