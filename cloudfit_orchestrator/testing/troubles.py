@@ -1,8 +1,8 @@
 """What goes wrong in a run: carries out the troubles of its plan (`plan.py`), one handler a kind.
 
 Crashes, cuts, freezes and clocks are no faults of the model: any number of correct replicas may have them, and safety
-must not notice. A take-over and a lapse (keys or disk lost, lease over) are: at most f replicas at a time, each until the
-configuration that replaces it is ACTIVE.
+must not notice. A take-over and a lapse (keys or disk lost, lease over) are: at most f replicas at a time, each until
+the configuration that replaces it is ACTIVE.
 """
 
 import random
