@@ -121,7 +121,22 @@ class CatchUp:
         shared = [slot for c, slot in self._at.execution.pinned(self._out.now_s) if c == self._at.c and slot in kept]
         return snapshots[(self._at.c, max(shared or kept))].root if kept else b""
 
-    def take_index(self, peer: str, message: StateIndex) -> None:
+    def take(self, peer: str, message: StateIndex | Chunk) -> tuple[int, Snapshot] | None:
+        """A part of a state arrived. Returns (slot, state) when nothing of it is missing: perhaps with its index, if
+        the own state, or what came for another, has all of its chunks.
+        """
+        if isinstance(message, StateIndex):
+            self._take_index(peer, message)
+        else:
+            self._take_chunk(peer, message)
+        transfer = self.transfer
+        if transfer is None or not transfer.done:
+            return None
+        self.transfer = None
+        self._out.report("transfer", _figures(transfer))
+        return transfer.slot, transfer.result()
+
+    def _take_index(self, peer: str, message: StateIndex) -> None:
         """A state's chunk hashes arrived: those asked for, or those of a later certified state that the peer has."""
         ordering, transfer = self._at.ordering, self.transfer
         if transfer is None or ordering is None:
@@ -137,21 +152,16 @@ class CatchUp:
         if not transfer.index(peer, message, list(self._at.exporters)):
             self._out.blame(replica_of(peer), "state index")
 
-    def take_chunk(self, peer: str, message: Chunk) -> tuple[int, Snapshot] | None:
-        """A chunk arrived. Returns (slot, state) when it was the last one."""
+    def _take_chunk(self, peer: str, message: Chunk) -> None:
         transfer = self.transfer
         if transfer is None:
-            return None
+            return
         if transfer.chunk(peer, message, self._out.now_s) is not None:
             self._out.count("corrupt_chunks")
             if peer not in self._at.exporters:
                 self._out.blame(replica_of(peer), "chunk")
         if not transfer.done:
             self._tick()
-            return None
-        self.transfer = None
-        self._out.report("transfer", _figures(transfer))
-        return transfer.slot, transfer.result()
 
 
 def _figures(transfer: Transfer) -> dict[str, Any]:

@@ -353,10 +353,8 @@ class Replica:
                     self._out.journal(LogBatch(c, message.batch))
             case Forward():
                 self._desk.take(message.bundle)
-            case StateIndex():
-                self._catchup.take_index(peer, message)
-            case Chunk():
-                state = self._catchup.take_chunk(peer, message)
+            case StateIndex() | Chunk():
+                state = self._catchup.take(peer, message)
                 if state is not None:
                     self._adopt(ordering, *state)
             case WedgeSet():

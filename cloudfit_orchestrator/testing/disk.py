@@ -55,6 +55,11 @@ class SimDisk:
         self._durable += self._volatile[: rng.randint(0, len(self._volatile))]
         self._volatile.clear()
 
+    def lose(self) -> None:
+        """Another disk, an empty one, is in its place."""
+        self._durable, self._volatile, self._rewritten = [], [], None
+        self.snapshots = {}
+
     @property
     def records(self) -> list[bytes]:
         """The log as a restarted replica finds it."""

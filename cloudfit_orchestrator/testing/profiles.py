@@ -26,7 +26,7 @@ class Profile:
     freeze_s: float = 0.4
     clocks: float = 0.0  # that stop, crawl or race for a while
     clock_s: float = 1.5
-    lapses: int = 0  # wormholes that lose their keys, or whose lease ends: each counts in f
+    lapses: int = 0  # wormholes that lose their keys, or whose lease ends; disks that are lost: each counts in f
     byzantine: bool = False  # f machines (less the lapses) are taken over from the beginning
     attacks: str = ""  # of whoever is taken, by plus signs; empty: the seed chooses
     replacements: int = 0  # machines replaced by reconfiguration, one after the other

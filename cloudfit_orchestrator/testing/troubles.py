@@ -1,8 +1,8 @@
 """What goes wrong in a run: carries out the troubles of its plan (`plan.py`), one handler a kind.
 
 Crashes, cuts, freezes and clocks are no faults of the model: any number of correct replicas may have them, and safety
-must not notice. A take-over and a lapse (keys lost, lease over) are: at most f replicas at a time, each until the
-configuration that replaces it is ACTIVE.
+must not notice. A take-over and a lapse (keys or disk lost, lease over) are: at most f replicas at a time, each until
+the configuration that replaces it is ACTIVE.
 """
 
 import random
@@ -149,6 +149,11 @@ class Troubles:
         if trouble.draw % 3 == 0:
             self._done(trouble, "lease")
             machine.wormhole.lapse()
+        elif trouble.draw % 6 == 1:
+            self._done(trouble, "disk lost")
+            machine.crash()
+            machine.disk.lose()
+            self._boot_later(machine, 0.1)
         elif trouble.draw % 3 == 1:
             self._done(trouble, "snapshots damaged")
             machine.crash()

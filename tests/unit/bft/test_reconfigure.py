@@ -7,7 +7,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
-from cloudfit_orchestrator.bft.messages import BatchMessage, Named, StatementMessage, StateQuery, WedgeSet, encode
+from cloudfit_orchestrator.bft.messages import (
+    BatchMessage,
+    Named,
+    StateIndex,
+    StatementMessage,
+    StateQuery,
+    WedgeSet,
+    encode,
+)
 from cloudfit_orchestrator.bft.reconfigure import MAX_SETS_OF_PEER, Successors
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.bft.usig.messages import Commit, StreamMessage, Wedge
@@ -133,6 +141,24 @@ def test_a_member_goes_back_to_base_and_fetches_if_another_s_is_pinned() -> None
     s.r0.ticks(1)
     asked = {m.root for _, m in s.r0.sent if isinstance(m, StateQuery)}
     assert asked == {b"p" * 32}
+
+
+def test_a_pinned_state_that_is_the_own_one_is_installed_with_its_index() -> None:
+    """S had only no-ops for who had not computed it: its index left no chunk to be fetched, and so none came with which
+    the transfer could end. Two of four such members stopped the group for good.
+    """
+    house = House(3)
+    machine = Machine(house, "r0")
+    own = machine.core._at.execution.store.snapshot()
+    machine.core.record(active(house, house.successor(), 2, own.root, signers=("r1", "r2")))
+    machine.serve()
+    machine.ticks(1)
+    assert not machine.core.status["installed"]
+    assert {m.root for _, m in machine.sent if isinstance(m, StateQuery)} == {own.root}
+    machine.hear(StateIndex(own.root, 2, b"".join(own.chunk_hashes)))
+    assert machine.core.status["installed"]
+    assert machine.core.status["slot"] == 2
+    assert (2, 2) in machine.disk
 
 
 def test_forged_confirmations_activate_nothing() -> None:

@@ -160,3 +160,13 @@ def test_an_exporter_answers_only_questions_for_states() -> None:
     for frame in (encode(vote), b"", b"nonsense"):
         assert exporter.answer(frame) == []
     assert len(exporter.answer(encode(StateQuery(b"")))) == 1
+
+
+def test_a_lost_disk_is_empty() -> None:
+    disk = SimDisk()
+    disk.append(b"synced")
+    disk.sync()
+    disk.append(b"not synced")
+    disk.snapshots[1, 4] = StateStore().snapshot()
+    disk.lose()
+    assert (disk.records, dict(disk.found_snapshots()), disk.dirty) == ([], {}, False)
