@@ -13,6 +13,7 @@ from cloudfit_orchestrator.bft.messages import (
 )
 from cloudfit_orchestrator.bft.store import BUCKETS, Snapshot, chunk_hash
 from cloudfit_orchestrator.bft.usig.messages import decode_peer
+from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.testing.disk import SimDisk
 
 CORRUPT_SHARE = 0.3  # of a corrupt disk's chunks
@@ -46,7 +47,10 @@ class SimExporter:
         """The frames that answer a learner's."""
         if self._kind == "silent" or self._state is None:
             return []
-        message = decode_peer(question)
+        try:
+            message = decode_peer(question)
+        except BadError:  # of a faulty machine
+            return []
         if isinstance(message, StateQuery):
             return [encode(self._index(self._state))]
         if isinstance(message, ChunkQuery):
