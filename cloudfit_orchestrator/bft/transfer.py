@@ -82,7 +82,8 @@ class Transfer:
         self._refused: dict[str, set[int]] = {}  # source -> chunks it cannot give, or gave wrong
         self._index_asked_s = -1e9
         self._turn = 0
-        self._exporter_tries: Counter[str] = Counter()
+        # Questions for an exporter's index that it left open, over all states that replaced each other, as below.
+        self.exporter_tries: Counter[str] = Counter(before.exporter_tries) if before is not None else Counter()
         # Questions for chunks in a row that a source left open. A state that changes all the time is replaced by a
         # newer one again and again: each time to wait for the same dead peer would never come to an end.
         self.silent: Counter[str] = Counter(before.silent) if before is not None else Counter()
@@ -138,7 +139,7 @@ class Transfer:
         from_disk: set[int] = set()  # these wait for an exporter's word
         for source in exporters:
             if source not in self._exporter_knows:
-                if self._exporter_tries[source] < EXPORTER_TRIES:
+                if self.exporter_tries[source] < EXPORTER_TRIES:
                     self._ask_index(source, now_s)
                     from_disk.update(lacking)
                 continue
@@ -174,7 +175,7 @@ class Transfer:
     def _ask_index(self, exporter: str, now_s: float) -> None:
         if now_s - self._exporter_asked_s.get(exporter, -1e9) >= RETRY_S:
             self._exporter_asked_s[exporter] = now_s
-            self._exporter_tries[exporter] += 1
+            self.exporter_tries[exporter] += 1
             self._send(exporter, StateQuery(b""))
 
     def _ask(self, source: str, indices: list[int], most: int, now_s: float) -> None:
@@ -191,6 +192,7 @@ class Transfer:
             # What an exporter says it holds only chooses what it is asked for: each chunk is checked when it comes.
             if self._hashes and source not in self._exporter_knows and len(hashes) == BUCKETS:
                 self._exporter_knows.add(source)
+                self.exporter_tries[source] = 0
                 stale = {i for i in range(BUCKETS) if hashes[i] != self._hashes[i]}
                 self._refused[source] = stale
                 self.figures.stale[source] = len(stale - self.chunks.keys())

@@ -4,11 +4,14 @@
 and says as JSON which seed caught it: [seed, algorithm, kind of failure], or null.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from cloudfit_orchestrator.bft import batch, clients, voting
 from cloudfit_orchestrator.bft.checkpoints import Checkpoints
@@ -207,7 +210,7 @@ def unsigned_bundles() -> None:
 
 def replies_of_f() -> None:
     real = voting.Votes.learn
-    voting.Votes.learn = lambda self, record: real(self, replace(record, f=record.f - 1))  # type: ignore[method-assign]
+    voting.Votes.learn = lambda self, record: real(self, dataclasses.replace(record, f=record.f - 1))  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------- execution, restart, the voice

@@ -170,6 +170,23 @@ def test_a_silent_exporter_is_waited_for_a_while_only() -> None:
     assert sum(source == DISK for source, _ in site.asked) == EXPORTER_TRIES
 
 
+def test_a_silent_exporter_is_waited_for_once_even_if_newer_states_replace_older_ones() -> None:
+    """Each newer state asked it twenty times again: a new member that was needed never had one, as each was replaced
+    before that, and the group went on from view to view.
+    """
+    site = Site(exporters=(DISK,))
+    site.sources = dict.fromkeys(PEERS, honest())
+    for slot in range(128, 128 + 64 * EXPORTER_TRIES, 64):
+        with pytest.raises(AssertionError, match="does not end"):
+            site.run(8)  # four seconds: without news it is replaced
+        site.transfer = Transfer(slot, WANTED.root, EMPTY, site.transfer._send, site.transfer)
+        if sum(source == DISK for source, _ in site.asked) >= EXPORTER_TRIES:
+            break
+    site.run()
+    assert site.transfer.result() == WANTED
+    assert sum(source == DISK for source, _ in site.asked) == EXPORTER_TRIES
+
+
 def test_an_exporter_that_goes_away_after_its_index_is_waited_for_a_while_only() -> None:
     site = Site(exporters=(DISK,))
     site.sources = {peer: honest() for peer in PEERS}
