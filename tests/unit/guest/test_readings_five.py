@@ -1,6 +1,5 @@
 """Executions of a fifth reading on the state disk: each property did not hold once, for the reason told."""
 
-import asyncio
 import os
 from pathlib import Path
 
@@ -33,8 +32,7 @@ async def _dropped(tmp_path, monkeypatch):
     await until(lambda: 192 in saved)
     disk.gate.set()
     await until(lambda: (1, 64) not in disk.durable.snapshots.indexes)
-    await asyncio.sleep(0.05)
-    await disk.durable.close()
+    await disk.durable.close()  # waits for the job under way
     assert set(SnapshotFiles(tmp_path / "snapshots").indexes) == {(1, 128), (1, 192)}
 
 
