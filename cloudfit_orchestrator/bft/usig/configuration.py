@@ -255,18 +255,11 @@ class Configuration:
                 while stream.cursor + 1 in stream.waiting and self._step(stream, done):
                     moved = True
         self.citations.settle()
-        for replica, stream in self.streams.items():  # a vote whose log was jumped over: whoever holds it can prove it
-            state = stream.state
-            if state.v > state.e:
-                target = WEDGE if state.wedged else state.v
-                if not self.votes.has(replica, target):
-                    self.wanted.views.add(target)
+        self.votes.want(self.streams.values(), self.wanted)
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking
         self._merge_wants |= self.wanted.batches
-        if self.votes.epoch_ends and self.votes.unread:
-            self.wanted.views.add(WEDGE)
         return done
 
     def _step(self, stream: Stream, done: list[Kept]) -> bool:

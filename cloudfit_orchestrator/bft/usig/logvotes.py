@@ -1,6 +1,6 @@
 """Votes of logs: what VIEW-CHANGEs, wedges and closed epochs contribute to a merge (protocol §5, §6.5)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cloudfit_orchestrator.bft.messages import Named
 from cloudfit_orchestrator.bft.usig.judge import StreamState
@@ -31,6 +31,17 @@ class LogVotes:
         self._controllers = controllers
         self._votes: dict[str, dict[int, Vote]] = {replica: {} for replica in streams}
         self.epoch_ends: dict[str, EpochEnd] = {}
+
+    def want(self, streams: Iterable[Stream], wanted: Wanted) -> None:
+        """Ask for the logs of votes that were jumped over: whoever holds them can prove them."""
+        for stream in streams:
+            state = stream.state
+            if state.v > state.e:
+                target = WEDGE if state.wedged else state.v
+                if not self.has(stream.replica, target):
+                    wanted.views.add(target)
+        if self.epoch_ends and self.unread:
+            wanted.views.add(WEDGE)
 
     def has(self, replica: str, target: int) -> bool:
         """Whether that vote is known."""
