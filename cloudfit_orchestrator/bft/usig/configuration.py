@@ -14,7 +14,7 @@ from cloudfit_orchestrator.bft.messages import NOOP, Signed
 from cloudfit_orchestrator.bft.usig.citations import Citations
 from cloudfit_orchestrator.bft.usig.evidence import Attestations, Statements
 from cloudfit_orchestrator.bft.usig.judge import Broken, Held, StreamState, initial, judge, leader, stated
-from cloudfit_orchestrator.bft.usig.logvotes import WEDGE, LogVotes
+from cloudfit_orchestrator.bft.usig.logvotes import LogVotes
 from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge, slots_of
 from cloudfit_orchestrator.bft.usig.messages import (
     Choice,
@@ -255,7 +255,7 @@ class Configuration:
                 while stream.cursor + 1 in stream.waiting and self._step(stream, done):
                     moved = True
         self.citations.settle()
-        self.votes.want(self.streams.values(), self.wanted)
+        self.votes.want_logs()
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking

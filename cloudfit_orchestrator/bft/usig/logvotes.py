@@ -1,6 +1,6 @@
 """Votes of logs: what VIEW-CHANGEs, wedges and closed epochs contribute to a merge (protocol §5, §6.5)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from cloudfit_orchestrator.bft.messages import Named
 from cloudfit_orchestrator.bft.usig.judge import StreamState
@@ -32,16 +32,16 @@ class LogVotes:
         self._votes: dict[str, dict[int, Vote]] = {replica: {} for replica in streams}
         self.epoch_ends: dict[str, EpochEnd] = {}
 
-    def want(self, streams: Iterable[Stream], wanted: Wanted) -> None:
+    def want_logs(self) -> None:
         """Ask for the logs of votes that were jumped over: whoever holds them can prove them."""
-        for stream in streams:
+        for stream in self._streams.values():
             state = stream.state
             if state.v > state.e:
                 target = WEDGE if state.wedged else state.v
                 if not self.has(stream.replica, target):
-                    wanted.views.add(target)
+                    self._wanted.views.add(target)
         if self.epoch_ends and self.unread:
-            wanted.views.add(WEDGE)
+            self._wanted.views.add(WEDGE)
 
     def has(self, replica: str, target: int) -> bool:
         """Whether that vote is known."""
