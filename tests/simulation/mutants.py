@@ -4,14 +4,13 @@
 and says as JSON which seed caught it: [seed, algorithm, kind of failure], or null.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from cloudfit_orchestrator.bft import batch, clients, voting
 from cloudfit_orchestrator.bft.checkpoints import Checkpoints
@@ -74,15 +73,15 @@ def _follow(state: StreamState, header: Any) -> StreamState:
     """The state after a message that should have ended its stream."""
     match header:
         case Prepare():
-            return replace(state, p=max(state.p, header.s), since=state.since + 1)
+            return structs.replace(state, p=max(state.p, header.s), since=state.since + 1)
         case Skip():
-            return replace(state, p=max(state.p, header.s2), since=state.since + 1)
+            return structs.replace(state, p=max(state.p, header.s2), since=state.since + 1)
         case Commit():
-            return replace(state, since=state.since + 1)
+            return structs.replace(state, since=state.since + 1)
         case Stable():
             return stated(header)
         case ViewChange():
-            return replace(state, v=header.g, since=0)
+            return structs.replace(state, v=header.g, since=0)
         case NewView():
             return _enter(state, header)
         case CommitNewView():
@@ -92,7 +91,7 @@ def _follow(state: StreamState, header: Any) -> StreamState:
 
 
 def _enter(state: StreamState, view: NewView) -> StreamState:
-    return replace(state, e=view.g, p=view.s_max, blacklist=view.blacklist, retired=view.retired, since=0)
+    return structs.replace(state, e=view.g, p=view.s_max, blacklist=view.blacklist, retired=view.retired, since=0)
 
 
 def without(rule: str, *kinds: type) -> Callable[[], None]:
@@ -116,7 +115,7 @@ def told_as(**unsaid: Any) -> Callable[[], None]:
     """Who jumps does not take over all that a STABLE states."""
 
     def patch() -> None:
-        configuration.stated = lambda stable: replace(stated(stable), **unsaid)  # type: ignore[assignment]
+        configuration.stated = lambda stable: structs.replace(stated(stable), **unsaid)  # type: ignore[assignment]
 
     return patch
 
@@ -149,7 +148,7 @@ def merge_ignores_carried() -> None:
     real = merge.vote_of
 
     def deaf(record: Any, name: Any, state: Any, kept: Any, **rest: Any) -> Any:
-        return real(record, name, state, [replace(item, entries=()) for item in kept], **rest)
+        return real(record, name, state, [structs.replace(item, entries=()) for item in kept], **rest)
 
     logvotes.vote_of = observer.vote_of = deaf  # type: ignore[attr-defined]
 
@@ -176,7 +175,7 @@ def votes_add_up_over_views() -> None:
     real = slots.Slots.vote
 
     def vote(self: Any, proposal: Any, voter: str) -> None:
-        real(self, replace(proposal, g=0), voter)
+        real(self, structs.replace(proposal, g=0), voter)
 
     slots.Slots.vote = vote  # type: ignore[method-assign]
 
@@ -210,7 +209,7 @@ def unsigned_bundles() -> None:
 
 def replies_of_f() -> None:
     real = voting.Votes.learn
-    voting.Votes.learn = lambda self, record: real(self, dataclasses.replace(record, f=record.f - 1))  # type: ignore[method-assign]
+    voting.Votes.learn = lambda self, record: real(self, replace(record, f=record.f - 1))  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------- execution, restart, the voice
