@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +51,9 @@ def tags() -> Counter[str]:
 
 def rows() -> list[Row]:
     """The table."""
-    lines = (HOME / "docs/protocol.md").read_text().partition(TABLE)[2].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    after = (HOME / "docs/protocol.md").read_text().partition(TABLE)[2].splitlines()[2:]
+    lines = takewhile(lambda line: line.startswith("|"), after)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [Row(at, rule, *(re.findall(r"`([^`]+)`", cell) for cell in names)) for at, rule, *names in cells]
 
 
