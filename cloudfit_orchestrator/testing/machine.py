@@ -146,6 +146,7 @@ class Machine:
         self._controller_keys = controller_keys
         self._verifier = verifier
         self._queue: deque[Effect] = deque()
+        self._lingering: dict[str, list[bytes]] = {}  # by peer: frames that need not go soon
         self._syncing = False
         self._sessions: dict[int, int] = {}
         self._opening: int | None = None
@@ -217,6 +218,7 @@ class Machine:
         )  # each boot has its own
         self._told_s = -1.0
         self._queue.clear()
+        self._lingering.clear()
         self._syncing = False
         self._sessions.clear()
         self._opening = None
@@ -273,6 +275,8 @@ class Machine:
     def _tick(self) -> None:
         if not self.paused:
             self._call(lambda _: None)
+            for peer in list(self._lingering):
+                self._flush(peer)
         self._plan_tick()
 
     # ----------------------------------------------------------------------------------------------- what comes in
@@ -374,7 +378,9 @@ class Machine:
                 self._ask(partial(self._end_epoch, effect))
             case Send():
                 assert len(effect.body) <= MAX_PEER_FRAME
-                self.world.carry(self, effect.peer, effect.body)
+                self._lingering.setdefault(effect.peer, []).append(effect.body)
+                if effect.soon:
+                    self._flush(effect.peer)
             case Answer():
                 assert len(effect.body) <= MAX_CLIENT_FRAME
                 self.world.answer(self, effect.client, effect.body)
@@ -384,6 +390,11 @@ class Machine:
                 self.disk.keep_snapshots(effect.keep)
             case Report():
                 self.world.report(self, effect.topic, json.loads(json.dumps(effect.body)))
+
+    def _flush(self, peer: str) -> None:
+        """What waits for `peer` goes, in its order, as the transport's queue does."""
+        for body in self._lingering.pop(peer, []):
+            self.world.carry(self, peer, body)
 
     def _saved(self, effect: SaveSnapshot) -> None:
         self.disk.snapshots[effect.c, effect.slot] = effect.snapshot
