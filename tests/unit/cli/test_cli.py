@@ -58,7 +58,7 @@ def commands(group: click.Group, prefix: str = "") -> list[tuple[str, click.Comm
 
 def test_every_command_has_help_with_an_example_of_itself() -> None:
     found = commands(cli)
-    assert len(found) == 26
+    assert len(found) == 27
     for name, command in found:
         assert command.help, name
         assert (command.epilog or "").startswith(f"Example: cloudfit {name}"), name
