@@ -60,6 +60,7 @@ vm: setup
 
 # Packages for it come by apt at the first time: minutes. `$(LAB_COMMAND) status` says what runs, `purge` removes it.
 CLOUDS := lisbon passau
+OPENSTACK_TESTS := tests/openstack
 LAB := /var/lib/cloudfit-lab
 LAB_COMMAND = $(AS_ROOT) $(BIN)/python -m tests.openstack.lab --home $(LAB)
 
@@ -73,7 +74,7 @@ demo-openstack: openstack-lab
 	$(AS_ROOT) OS_CLIENT_CONFIG_FILE=$(LAB)/clouds.yaml $(BIN)/cloudfit demo --openstack $(LAB)/ledger.yaml
 
 test-openstack: openstack-lab
-	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m 'openstack and not faults'
+	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m 'openstack and not faults' $(OPENSTACK_TESTS)
 
 test-openstack-faults: openstack-lab
 	$(AS_ROOT) CLOUDFIT_LAB=$(LAB) $(BIN)/pytest -p no:cacheprovider -m faults
