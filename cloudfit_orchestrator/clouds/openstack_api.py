@@ -406,9 +406,10 @@ class Api:
 
     def remembered(self, what: tuple[str, ...], look: Callable[[], _T]) -> _T:
         """What `look` found when `what` was asked for first: for what outlives single machines. See `until`."""
-        if what not in self._known:
-            self._known[what] = look()
-        found: _T = self._known[what]
+        known = self._known  # another thread may forget meanwhile: then this one is nobody's any more
+        if what not in known:
+            known[what] = look()
+        found: _T = known[what]
         return found
 
     def forget(self) -> bool:

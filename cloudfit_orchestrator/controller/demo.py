@@ -65,10 +65,10 @@ def local_spec(driver: str) -> GroupSpec:
 
 def told_on(spec: GroupSpec) -> GroupSpec:
     """The story's group on the clouds of `spec`. Raises BadInputError if they are not three with a replica each."""
-    if len(spec.clouds) != spec.n or spec.n != len(CLOUDS):
+    if (spec.f, spec.n, len(spec.clouds)) != (1, len(CLOUDS), len(CLOUDS)):
         raise BadInputError(
-            f"the demo needs three clouds with one replica each; {spec.group} has {spec.n} replicas on "
-            f"{len(spec.clouds)} clouds",
+            f"the demo needs f=1 and three clouds with one replica each; {spec.group} has f={spec.f} and {spec.n} "
+            f"replicas on {len(spec.clouds)} clouds",
             next_command="name a spec with f: 1 and three clouds",
         )
     return replace(

@@ -144,3 +144,12 @@ def test_a_silent_cloud_is_waited_for_once(fake, api):
     api.list("compute", "/os-server-groups", "server_groups", "look")
     fake.wrong.deny = {"GET compute:/os-server-groups": (500, "later")}
     assert look() > 2
+
+
+def test_what_is_forgotten_while_it_is_looked_up_is_found_all_the_same(api):
+    def look():
+        api.forget()  # as another thread may
+        return "found"
+
+    assert api.remembered(("flavor",), look) == "found"
+    assert api.remembered(("flavor",), lambda: "found anew") == "found anew"
