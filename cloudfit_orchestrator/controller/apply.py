@@ -158,10 +158,11 @@ def launch_all(
         context.report(Progress(operation.kind, "cloud", f"{spec.group}/{cloud.name}", say))
         ensure_network(context, cloud)
         agent = context.sites.agent(cloud, start=True)
-        return [
-            (launch(context, operation, spec, replica=replica, image=images[replica], agent=agent), agent)
-            for replica in spec.replicas_on(cloud.name)
-        ]
+
+        def launch_one(replica: str) -> tuple[Launched, Agent]:
+            return launch(context, operation, spec, replica=replica, image=images[replica], agent=agent), agent
+
+        return list(each(context, spec.replicas_on(cloud.name), launch_one).values())
 
     done = each(context, used, on_cloud)
     by_replica = {found.row.replica: (found, agent) for pairs in done.values() for found, agent in pairs}
