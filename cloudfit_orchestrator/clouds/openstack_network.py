@@ -91,8 +91,9 @@ class Network:
                     "security_groups": [self.ensure_group(wanted.deployment, wanted.group)],
                     "admin_state_up": True,
                 }
-                make_once(self._api, lambda: self._api.make("network", "/ports", {"port": body}, tried), there, tried)
-                return None
+                make = lambda: self._api.make("network", "/ports", {"port": body}, tried)  # noqa: E731
+                made = _told(make_once(self._api, make, there, tried), wanted.label())
+                return _address(made) if made else None  # what was made twice is seen when the port is taken
             used = [p for p in found if p.get("device_id")]
             first = (used or found)[0]
             for extra in found:
@@ -108,7 +109,8 @@ class Network:
         named = {"name": owner.name, "description": label(owner)}
 
         def step() -> dict[str, Any] | None:
-            port = next((p for p in self.ports() if _address(p) == address), None)
+            here = self.ports()
+            port = next((p for p in here if _address(p) == address), None)
             if port is None:
                 fixed = {"subnet_id": self.subnet()["id"], "ip_address": address}
                 groups = [self.ensure_group(owner.deployment, owner.group)]
@@ -130,8 +132,10 @@ class Network:
                     f"{tried}: the port {port['id']} with that address does not carry its tags: not touched",
                     next_command=f"openstack --os-cloud {self._api.cloud} port show {port['id']}",
                 )
-            self._api.put("network", f"/ports/{port['id']}", {"port": named}, tried)
-            return None
+            for extra in here:  # of a reservation whose answer was lost, or that was carried out twice
+                if extra is not port and Reservation.from_label(extra.get("description")) == reserved:
+                    self.remove_port(extra)
+            return _told(self._api.put("network", f"/ports/{port['id']}", {"port": named}, tried), label(owner))
 
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
@@ -215,26 +219,31 @@ class Network:
                     here[source] = str(rule["id"])
                 else:
                     self._api.delete("network", f"/security-group-rules/{rule['id']}", tried)
-            for source in sorted(wanted - here.keys()):
-                self._allow(identity, source, port, tried)
-            return True if here.keys() == wanted else None
+            missing = sorted(wanted - here.keys())
+            return True if not missing or self._allow(identity, missing, port, tried) else None
 
         self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
-    def _allow(self, group: str, source: str, port: int, tried: str) -> None:
-        rule = {
-            "security_group_id": group,
-            "direction": "ingress",
-            "ethertype": "IPv4",
-            "protocol": "tcp",
-            "port_range_min": port,
-            "port_range_max": port,
-            "remote_ip_prefix": source,
-        }
+    def _allow(self, group: str, sources: Collection[str], port: int, tried: str) -> bool:
+        """Ask for all these rules in one call; True if the answer shows them."""
+        rules = [
+            {
+                "security_group_id": group,
+                "direction": "ingress",
+                "ethertype": "IPv4",
+                "protocol": "tcp",
+                "port_range_min": port,
+                "port_range_max": port,
+                "remote_ip_prefix": source,
+            }
+            for source in sources
+        ]
         try:
-            self._api.make("network", "/security-group-rules", {"security_group_rule": rule}, tried)
+            answer = self._api.make("network", "/security-group-rules", {"security_group_rules": rules}, tried)
         except (BusyError, UnclearError):
-            return  # it exists, or nobody knows: the next look tells
+            return False  # they exist, or nobody knows: the next look tells
+        made = [r for r in answer.get("security_group_rules") or () if isinstance(r, dict)]
+        return {r.get("remote_ip_prefix") for r in made} == set(sources)
 
     def remove_group(self, group: Mapping[str, Any]) -> None:
         """Delete a security group of ours."""
@@ -245,6 +254,12 @@ class Network:
             return True if not self._api.delete("network", f"/security-groups/{group['id']}", tried) else None
 
         self._api.until(tried, gone, NETWORK_TIMEOUT_S)
+
+
+def _told(answer: Mapping[str, Any] | None, description: str) -> dict[str, Any] | None:
+    """The port in an answer, if it is the one so described; None: look again."""
+    port = (answer or {}).get("port")
+    return port if isinstance(port, dict) and port.get("description") == description and _address(port) else None
 
 
 def _address(port: Mapping[str, Any]) -> str:

@@ -87,7 +87,8 @@ class Servers:
 
     def _check_name(self, owner: Ownership) -> None:
         """RefusedError if a stranger wears the name of that machine of ours, which does not exist."""
-        pattern = "^" + owner.name.replace(".", r"\.") + "$"
+        # One question about all names of the deployment: threads that make several machines share its answer.
+        pattern = "^" + owner.deployment.replace(".", r"\.") + "-"
         for other in self._api.list(
             "compute", "/servers/detail", "servers", f"look up {owner.name}", name=pattern, limit=_PAGE
         ):

@@ -250,15 +250,21 @@ class Volumes:
 MAX_REFUSED = 20  # refusals in a row of what is busy: some 60 s
 
 
-def make_once(api: Api, make: Callable[[], object], there: Callable[[], object], tried: str) -> None:
-    """Ask for a creation once. If its end is unclear, give the object SETTLE_S to show before anybody asks again."""
+def make_once(
+    api: Api, make: Callable[[], dict[str, Any]], there: Callable[[], object], tried: str
+) -> dict[str, Any] | None:
+    """Ask for a creation once. If its end is unclear, give the object SETTLE_S to show before anybody asks again.
+
+    The answer; None if it was lost and the object shows.
+    """
     try:
-        make()
+        return make()
     except (UnclearError, BusyError) as error:
         try:
             api.until(tried, lambda: there() or None, SETTLE_S)
         except TemporaryError:
             raise error from None
+        return None
 
 
 def _identity(found: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:

@@ -20,16 +20,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 PROJECT, USER, PASSWORD, REGION = "p" * 32, "u" * 32, "the-secret-word", "Lisbon"
 CIDR, GATEWAY = "127.77.0.0/24", "127.77.0.1"  # of loopback: this host has a route to it
-KINDS = (
-    "servers",
-    "server_groups",
-    "images",
-    "ports",
-    "security_groups",
-    "security_group_rules",
-    "volumes",
-    "snapshots",
-)
+GROUPS = ("server_groups", "security_groups", "security_group_rules")
+KINDS = ("servers", "images", "ports", "volumes", "snapshots", *GROUPS)
 _LOOKS = 1  # how many looks pass until a change is there
 
 
@@ -403,7 +395,10 @@ class FakeOpenStack:
         if method == "GET" and len(parts) == 1:
             return 200, {kind: self._listed(kind, query, ("network_id", "security_group_id", "direction"))}
         if method == "POST":
-            return 201, {single: self._shown(getattr(self, f"_make_{single}")(body[single]))}
+            make = getattr(self, f"_make_{single}")
+            if kind in body:
+                return 201, {kind: [self._shown(make(wanted)) for wanted in body[kind]]}
+            return 201, {single: self._shown(make(body[single]))}
         found = self._get(kind, parts[1])
         if method == "PUT":
             found.update(body[single])

@@ -103,14 +103,18 @@ def ours(cloud: OpenStackCloud, told, image, groups: int, workers: int, deployme
     directory, manifest = image
 
     def one(number: int) -> None:
-        group, hosts = f"g{number}", []
-        for replica in ("r0", "r1", "r2"):
+        group = f"g{number}"
+
+        def launch(replica: str) -> str:
             owner = Ownership(deployment, group, replica, 1, Role.REPLICA, "op1")
             address = cloud.reserve_address(deployment, group, replica, Role.REPLICA, "op1")
             network = NetworkSpec("replicas", address, 24, told["network"]["gateway"])
             machine = cloud.create(MachineSpec(owner, directory, manifest, 128, 1, network, None))
             assert machine.state is MachineState.RUNNING
-            hosts.append(address)
+            return address
+
+        with ThreadPoolExecutor(REPLICAS) as side_by_side:
+            hosts = list(side_by_side.map(launch, ("r0", "r1", "r2")))
         cloud.admit(deployment, group, hosts, REPLICA_PORT)
 
     began = time.monotonic()
