@@ -4,20 +4,14 @@ One story, since each step needs the one before: a controller that is killed and
 is reset within its epoch, a recovery, and nothing left at the end.
 """
 
-import base64
-import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import libvirt
 import pytest
+
+from tests.user import User
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -32,96 +26,28 @@ clouds:
   - {{name: passau, libvirt: {{uri: "qemu:///system"}}}}
   - {{name: ulm,    libvirt: {{uri: "qemu:///system"}}}}
 """
-CLOUDFIT = [sys.executable, "-m", "cloudfit_orchestrator.cli"]
-
-
-class User:
-    """Someone at a shell with a home of their own."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.spec = home / "group.yaml"
-        self.spec.write_text(SPEC)
-        self.environment = {**os.environ, "CLOUDFIT_HOME": str(home)}
-
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [*CLOUDFIT, *arguments],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [*CLOUDFIT, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=600
-        )
-        assert done.returncode == code, f"cloudfit {' '.join(arguments)}: {done.returncode}\n{done.stderr[-4000:]}"
-        return done.stdout
-
-    def json(self, *arguments: str) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self.run(*arguments, "-f", "json"))
-        assert document["schema"] == 1
-        return document
-
-    def stop_when(self, stage: str, number: signal.Signals, *arguments: str) -> int:
-        """Run a command and send it a signal as soon as it says that it has reached `stage`."""
-        process = self.start(*arguments)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if f'"stage": "{stage}"' in line:
-                process.send_signal(number)
-                break
-        else:
-            pytest.fail(f"cloudfit {' '.join(arguments)} never reached {stage}")
-        process.communicate(timeout=120)
-        return process.returncode
-
-    def domains(self) -> dict[str, "libvirt.virDomain"]:
-        """Running machines of this home, by replica#incarnation."""
-        deployment = next(iter(self.machines_dir())).name if any(self.machines_dir()) else "none"
-        connection = libvirt.open("qemu:///system")
-        found = {}
-        for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-            parts = domain.name().split("-")
-            if parts[0] == deployment and parts[1] == GROUP and parts[4] == "replica":
-                found[f"{parts[2]}#{parts[3]}"] = domain
-        return found
-
-    def machines_dir(self) -> list[Path]:
-        return [p for p in (self.home / "machines").iterdir() if p.is_dir() and p.name != "probe"]
-
-    def agents(self) -> list[int]:
-        pids = []
-        for place in (self.home / "agents").glob("*/agent.pid"):
-            pid = json.loads(place.read_text().split()[0])
-            if Path(f"/proc/{pid}").exists():
-                pids.append(pid)
-        return pids
 
 
 @pytest.fixture
 def user() -> Iterator[User]:
-    home = Path(tempfile.mkdtemp(prefix="cfvm", dir="/var/tmp"))  # sockets need a short path, QEMU's user a way in
-    home.chmod(0o711)
-    someone = User(home)
-    yield someone
-    subprocess.run([*CLOUDFIT, "group", "destroy", GROUP], env=someone.environment, check=False, capture_output=True)
-    shutil.rmtree(home)
+    with User.at_work(GROUP, SPEC) as someone:
+        yield someone
 
 
-def put(user: User, key: str, value: str) -> None:
-    user.run("kv", "put", GROUP, key, value)
+def machines_dir(user: User) -> list[Path]:
+    return [p for p in (user.home / "machines").iterdir() if p.is_dir() and p.name != "probe"]
 
 
-def get(user: User, key: str) -> str:
-    document = user.json("kv", "get", GROUP, key)
-    return base64.b64decode(document["value_base64"]).decode()
-
-
-def members(user: User) -> dict[str, int]:
-    return {m["replica"]: m["incarnation"] for m in user.json("group", "show", GROUP)["members"]}
+def domains(user: User) -> dict[str, "libvirt.virDomain"]:
+    """Running machines of this home, by replica#incarnation."""
+    deployment = next((p.name for p in machines_dir(user)), "none")
+    connection = libvirt.open("qemu:///system")
+    found = {}
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        parts = domain.name().split("-")
+        if parts[0] == deployment and parts[1] == GROUP and parts[4] == "replica":
+            found[f"{parts[2]}#{parts[3]}"] = domain
+    return found
 
 
 def names_in_libvirt() -> list[str]:
@@ -139,37 +65,37 @@ def test_apply_write_recover_destroy(user: User) -> None:
     assert user.stop_when("create", signal.SIGKILL, "group", "apply", str(user.spec)) == -signal.SIGKILL
     assert user.stop_when("prepare", signal.SIGINT, "group", "apply", str(user.spec)) == 130
     user.run("group", "apply", str(user.spec))
-    before = members(user)
+    before = user.incarnations()
     assert sorted(before) == ["r0", "r1", "r2"]
-    assert sorted(user.domains()) == sorted(f"{r}#{i}" for r, i in before.items())  # no orphan, no duplicate
+    assert sorted(domains(user)) == sorted(f"{r}#{i}" for r, i in before.items())  # no orphan, no duplicate
     user.run("group", "apply", str(user.spec))
-    assert members(user) == before
+    assert user.incarnations() == before
 
-    put(user, "colour", "blue")
-    assert get(user, "colour") == "blue"
+    user.put("colour", "blue")
+    assert user.get("colour") == "blue"
 
     # Power lost in one machine: it comes back from its log, in the same epoch, and is needed for the next write.
-    user.domains()[f"r2#{before['r2']}"].reset()
-    user.domains()[f"r0#{before['r0']}"].suspend()
-    put(user, "colour", "green")
-    user.domains()[f"r0#{before['r0']}"].resume()
-    assert get(user, "colour") == "green"
+    domains(user)[f"r2#{before['r2']}"].reset()
+    domains(user)[f"r0#{before['r0']}"].suspend()
+    user.put("colour", "green")
+    domains(user)[f"r0#{before['r0']}"].resume()
+    assert user.get("colour") == "green"
 
     figures = user.json("recovery", "start", GROUP, "r1")
     assert figures["outcome"] == "done"
-    after = members(user)
+    after = user.incarnations()
     assert after["r1"] == figures["new_incarnation"] != before["r1"]
     assert {**after, "r1": 0} == {**before, "r1": 0}
-    assert sorted(user.domains()) == sorted(f"{r}#{i}" for r, i in after.items())
-    assert get(user, "colour") == "green"
-    put(user, "colour", "red")
-    assert get(user, "colour") == "red"
+    assert sorted(domains(user)) == sorted(f"{r}#{i}" for r, i in after.items())
+    assert user.get("colour") == "green"
+    user.put("colour", "red")
+    assert user.get("colour") == "red"
     user.run("config", "verify", GROUP)
 
-    deployment = user.machines_dir()[0].name
+    deployment = machines_dir(user)[0].name
     assert sum(deployment in name for name in names_in_libvirt()) == 6  # three machines, three networks
     assert len(user.agents()) == 3
     user.run("group", "destroy", GROUP)
     assert not [name for name in names_in_libvirt() if deployment in name]
-    assert user.agents() == []
-    assert [path for place in user.machines_dir() for path in place.iterdir()] == []
+    assert user.agents() == {}
+    assert [path for place in machines_dir(user) for path in place.iterdir()] == []
