@@ -87,7 +87,7 @@ class CatchUp:
 
     def _tick(self) -> None:
         if self.transfer is not None:
-            self.transfer.tick(self._out.now_s, self._at.others, list(self._at.exporters))
+            self.transfer.tick(self._out.now_s, self._at.others, list(self._at.exporters), member=self._at.member)
 
     def _target(self, ordering: Ordering, needs_state: int | None) -> tuple[int, bytes] | None:
         """The certified state to fetch, if the own one cannot get there by itself."""

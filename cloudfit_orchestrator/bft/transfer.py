@@ -29,7 +29,8 @@ EXPORTER_SILENT = 3  # chunk questions in a row that an exporter left open: peer
 EXPORTER_PATIENCE_S = EXPORTER_SILENT * RETRY_S
 EXPORTER_CHUNK_S = 0.1  # for a right chunk, and besides for its bytes as at this rate:
 EXPORTER_BYTES_PER_S = 1 << 20
-EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for
+EXPORTER_TRIES = 20  # an exporter that has given no index by then is not waited for; it may have to start first
+EXPORTER_TRIES_OF_MEMBER = EXPORTER_SILENT  # … by who is a member already: the group may stand still without it
 INDEX_RETRY_S = 0.5
 STALLED_S = 2 * RETRY_S  # so that a silent source's share has been asked of another by then
 PARALLEL = 16  # chunks asked of one peer at once; they may be large
@@ -110,8 +111,8 @@ class Transfer:
         """The state. It shares with the local one what they have in common."""
         return Snapshot([self.chunks[i] for i in range(BUCKETS)])
 
-    def tick(self, now_s: float, peers: list[str], exporters: list[str]) -> None:
-        """Ask for what is missing; exporters first, each peer for its share."""
+    def tick(self, now_s: float, peers: list[str], exporters: list[str], *, member: bool = False) -> None:
+        """Ask for what is missing; exporters first, each peer for its share. `member`: the state is waited for."""
         if not peers:
             return
         if not self._news_s:
@@ -139,7 +140,7 @@ class Transfer:
         from_disk: set[int] = set()  # these wait for an exporter's word
         for source in exporters:
             if source not in self._exporter_knows:
-                if self.exporter_tries[source] < EXPORTER_TRIES:
+                if self.exporter_tries[source] < (EXPORTER_TRIES_OF_MEMBER if member else EXPORTER_TRIES):
                     self._ask_index(source, now_s)
                     from_disk.update(lacking)
                 continue

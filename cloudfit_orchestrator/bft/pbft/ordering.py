@@ -38,7 +38,7 @@ from cloudfit_orchestrator.model.orders import open_retire
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.statement import Kind
 
-MAX_EARLY = 64  # votes of one member for views that are not entered yet: enough to begin one, the rest is fetched
+MAX_EARLY = 64  # votes of one member for views or windows to come: enough to begin one, the rest is fetched
 MAX_ASKED_FOR = 1024  # batches that the core wants: those of a set of wedges, L at most
 REPEATED_SLOTS = 4  # the own votes of so many undecided slots are repeated: who lacks the first lacks all
 REPEAT_CHANGE_S = 1.0  # a VIEW-CHANGE with a full window is some 100 KiB
@@ -138,8 +138,8 @@ class PbftOrdering(Ordering):
 
     def _take_vote(self, vote: Vote) -> None:
         """Raises BadError if it is not that member's."""
-        low, first = self.low, leader(self.record, vote.g)
-        if vote.g < self.e or not low < vote.s <= low + self.record.parameters.window:
+        low, window, first = self.low, self.record.parameters.window, leader(self.record, vote.g)
+        if vote.g < self.e or not low < vote.s <= low + 2 * window:
             return
         if vote.g == self.e and vote.phase in tuple(Phase) and self.book.has(vote):
             self._take_batch(vote)
@@ -152,9 +152,9 @@ class PbftOrdering(Ordering):
         ):
             self._out.blame(vote.replica, "phase", vote.s)  # the leader's PREPARE is its PRE-PREPARE, nobody else's
             return
-        if vote.g > self.e:
+        if vote.g > self.e or vote.s > low + window:  # others may have the certificate that opens it already
             early = self._early.setdefault(vote.replica, deque(maxlen=MAX_EARLY))
-            if vote not in early:
+            if vote not in early and (vote.g > self.e or len(early) < MAX_EARLY):  # the lowest slots are needed first
                 early.append(vote)
             return
         self.count(vote)
@@ -310,12 +310,15 @@ class PbftOrdering(Ordering):
             self.voice.entered(g)
         self._at.pool.release()
         self._at.progress_s = self._out.now_s
+        self.count_early()
+
+    def count_early(self) -> None:
+        """A view is entered, or the window has moved: votes that came too early for it count now."""
+        high = self.low + self.record.parameters.window
         for early in self._early.values():
-            mine = [vote for vote in early if vote.g == g]
-            for vote in [vote for vote in early if vote.g <= g]:
+            for vote in [vote for vote in early if vote.g < self.e or (vote.g == self.e and vote.s <= high)]:
                 early.remove(vote)
-            for vote in mine:
-                if vote.s > self.low:
+                if vote.g == self.e and vote.s > self.low:
                     self.count(vote)
 
     def _refresh_wanted(self) -> None:

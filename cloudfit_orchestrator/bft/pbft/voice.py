@@ -196,6 +196,7 @@ class Voice:
             if digests.get(slot) == certificate.digest and (self._c, slot) in self._at.saved:
                 self._out.journal(LogStable(self._c, slot, certificate.digest, certificate.signatures))
                 self._settle(certificate)
+                self._of.count_early()
                 return
 
     def _settle(self, certificate: Certificate) -> None:

@@ -74,7 +74,7 @@ class Citations:
             self._vote(voter, citation, state)
         elif stands is None and citation.cv <= stream.cursor + MAX_AHEAD:  # further ahead, a checkpoint will cover it
             self._waiting.setdefault((citation.proposer, citation.cv), []).append((voter, citation, state))
-            self._wanted.stream(citation.proposer, citation.cv)
+            self._wanted.stream(citation.proposer, citation.cv, voter)
 
     def _vote(self, voter: str, citation: Citation, state: StreamState) -> None:
         """The proposal stands; so it is its proposer's vote, too, also where the cursor has jumped over it. `state` is
@@ -104,7 +104,8 @@ class Citations:
             elif stands is False:
                 del self._waiting[(proposer, cv)]
             else:
-                self._wanted.stream(proposer, cv)
+                for voter, _, _ in self._waiting[(proposer, cv)]:
+                    self._wanted.stream(proposer, cv, voter)
 
     def forget(self, floor: int) -> None:
         """Votes for slots up to `floor` decide nothing any more."""

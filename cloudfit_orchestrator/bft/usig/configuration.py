@@ -392,21 +392,21 @@ class Configuration:
         """See `judge.Evidence`. A view that a standing stream has entered has a NEW-VIEW that stands, and it is this
         one: the leader's stream stands to here, and had it another before or were this one false, none could follow.
         """
-        del leader, cv
+        del cv
         try:
             content = decode_merge(payload)
         except BadError:
             return False
         if self._stands or header.g in self.entered:
             return True
-        votes = self.votes.named(header.g, content.view_changes)
+        votes = self.votes.named(header.g, content.view_changes, leader)
         if votes is None:
             self.wanted.views.add(header.g)  # or a COMMIT of it that stands
         if votes is None or isinstance(votes, bool):
             return votes
         outcome = merge(self.record, votes, self)
         if isinstance(outcome, Missing):
-            self.wanted.add(outcome)
+            self.wanted.add(outcome, leader)
             return None
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
         self.cited = {header.g: tuple(vote.log for vote in votes)}

@@ -2,6 +2,8 @@
 R0, §4).
 """
 
+from dataclasses import dataclass
+
 from cloudfit_orchestrator.bft.messages import MAX_FETCH, Frozen
 from cloudfit_orchestrator.bft.ordering import Host
 from cloudfit_orchestrator.bft.outbox import Outbox
@@ -20,8 +22,19 @@ from cloudfit_orchestrator.bft.usig.serving import answer_fetch, answer_view
 from cloudfit_orchestrator.model.errors import BadError
 
 PATIENCE_S = 1.0  # what was asked for is not asked for again while it comes in, nor sooner than this
+MAX_PATIENCE_S = 3.0  # … but who was asked has no longer than this: a faulty peer may hand it out drop by drop
 STUCK_S = 0.5  # a stream that stands still for so long may be jumped ahead on another's word than its owner's
 MAX_VIEWS_ASKED = 4  # at once
+
+
+@dataclass(slots=True)
+class Asked:
+    """A FETCH under way: what is still missing of it, since when, and when something of it came last."""
+
+    first: int
+    last: int
+    since_s: float
+    moved_s: float
 
 
 class Fetching:
@@ -32,7 +45,8 @@ class Fetching:
         self._out = outbox
         self._configuration = configuration
         self._turns = Turns()
-        self._asked: dict[str, tuple[int, int, float]] = {}  # replica -> (first, last, when) of the FETCH under way
+        self._asked: dict[str, Asked] = {}  # replica -> the FETCH under way
+        self._asked_citer: dict[str, Asked] = {}  # … of one who cites what is missing
         self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
 
     def fetch(self, *, live: bool) -> None:
@@ -47,24 +61,32 @@ class Fetching:
                 continue
             while first in stream.waiting:
                 first += 1
-            if first <= needed and self._patience_ends(replica, first):
-                last = min(needed, first + MAX_FETCH - 1)
-                self._asked[replica] = (first, last, self._out.now_s)
+            if first > needed:
+                continue
+            last = min(needed, first + MAX_FETCH - 1)
+            citers = configuration.wanted.citers.get(replica, ())
+            citing = [peer for peer in others if replica_of(peer) in citers]
+            if self._patience_ends(self._asked, replica, first, last):
                 self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
+            elif citing and self._patience_ends(self._asked_citer, replica, first, last):
+                self._out.send(self._turns.next(citing, f"citers of {replica}"), Fetch(c, replica, first, last))
         if configuration.wanted.views and self._out.every("views", PATIENCE_S / 2):
             asked = self._turns.next(others, "views")
             for g in sorted(configuration.wanted.views)[:MAX_VIEWS_ASKED]:
                 self._out.send(asked, FetchNewView(c, g))
 
-    def _patience_ends(self, replica: str, first: int) -> bool:
-        """Whether the gap that begins at `first` is to be asked for: what was asked for has come, or nothing comes."""
-        asked = self._asked.get(replica)
-        if asked is None or not asked[0] <= first <= asked[1]:
-            return True
-        if first > asked[0]:  # it is coming in
-            self._asked[replica] = (first, asked[1], self._out.now_s)
-            return False
-        return self._out.now_s - asked[2] >= PATIENCE_S
+    def _patience_ends(self, questions: dict[str, Asked], replica: str, first: int, last: int) -> bool:
+        """Whether the gap first..last is to be asked for now: what was asked for has come, or comes no more, or too
+        slowly. Then it is noted as asked for.
+        """
+        asked, now_s = questions.get(replica), self._out.now_s
+        if asked is not None and asked.first <= first <= asked.last and now_s - asked.since_s < MAX_PATIENCE_S:
+            if first > asked.first:  # it is coming in
+                asked.first, asked.moved_s = first, now_s
+            if now_s - asked.moved_s < PATIENCE_S:
+                return False
+        questions[replica] = Asked(first, last, now_s, now_s)
+        return True
 
     def _source(self, others: list[str], replica: str) -> str:
         """Every other time the stream's owner, else the next peer: the owner may be faulty, or down."""
@@ -91,7 +113,7 @@ class Fetching:
             self._stuck[replica] = (stream.cursor, self._out.now_s)
         asked = self._asked.get(replica)
         if replica_of(peer) != replica and (
-            asked is None or asked[0] > message.stable.cv or not self._is_covered(message.stable)
+            asked is None or asked.first > message.stable.cv or not self._is_covered(message.stable)
         ):
             return
         if replica_of(peer) == replica or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):

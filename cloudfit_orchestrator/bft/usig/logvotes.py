@@ -84,8 +84,10 @@ class LogVotes:
             self._close()
         return [votes[target] for votes in self._votes.values() if target in votes]
 
-    def named(self, target: int, names: Sequence[Named]) -> list[Vote] | bool | None:
-        """The votes that a NEW-VIEW or a wedge set names; False if one is none, None if not all are known."""
+    def named(self, target: int, names: Sequence[Named], citer: str = "") -> list[Vote] | bool | None:
+        """The votes that a NEW-VIEW (of `citer`) or a wedge set names; False if one is none, None if not all are
+        known.
+        """
         if len({name.replica for name in names}) != len(names) or len(names) < self._record.quorums.view_change:
             return False
         if target == WEDGE:
@@ -105,7 +107,7 @@ class LogVotes:
                 return False
             else:
                 unknown = True
-                self._wanted.stream(name.replica, name.cv)
+                self._wanted.stream(name.replica, name.cv, citer)
         return None if unknown else votes
 
     def _again(self, stream: Stream, target: int, name: Named) -> Vote | None:

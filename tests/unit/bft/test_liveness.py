@@ -1,0 +1,117 @@
+"""What a faulty member made slow: executions in which correct ones had all that was needed, and asked somebody else."""
+
+from cloudfit_orchestrator.bft.batch import batch_digest
+from cloudfit_orchestrator.bft.catchup import CatchUp
+from cloudfit_orchestrator.bft.effects import Send
+from cloudfit_orchestrator.bft.messages import Beacon, StatementMessage
+from cloudfit_orchestrator.bft.outbox import Outbox
+from cloudfit_orchestrator.bft.pbft.messages import Phase
+from cloudfit_orchestrator.bft.pbft.ordering import MAX_EARLY
+from cloudfit_orchestrator.bft.situation import Peer, Situation
+from cloudfit_orchestrator.bft.usig.messages import Fetch, StreamMessage, decode_peer
+from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
+from cloudfit_orchestrator.model.record import Algorithm, record_hash
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
+from cloudfit_orchestrator.services.counter import CounterService
+from tests.unit.bft.house import GROUP, House
+from tests.unit.bft.test_pbft import batch, group_of, node, ordering, tell, vote
+
+PEERS = ["r0#1", "r1#2", "r2#3", "r4#5"]
+
+
+class Listener:
+    """r3 of five, which hears what the test hands it, and asks for the rest."""
+
+    def __init__(self, house: House) -> None:
+        self.out = out = Outbox()
+        out.replaying = False
+        at = Situation(GROUP, "r3", 4, service=CounterService(), controllers=[], verifier=house.keys, out=out)
+        self.ordering = at.ordering = UsigOrdering(at, out, house.record, record_hash(house.envelope))
+        at.peers = {name: Peer(name, "h:1", b"") for name in PEERS}
+        self.at = at
+        self.catchup = CatchUp(at, out)
+
+    def hear(self, *messages: StreamMessage) -> None:
+        for message in messages:
+            self.ordering.configuration.offer(message)
+        self.ordering.advance()
+
+    def asks(self, now_s: float) -> list[tuple[str, Fetch]]:
+        self.out.now_s = now_s
+        self.catchup.fetch()
+        sent = [(effect.peer, decode_peer(effect.body)) for effect in self.out.drain() if isinstance(effect, Send)]
+        return [(peer, message) for peer, message in sent if isinstance(message, Fetch)]
+
+
+def test_who_cites_a_part_of_a_stream_is_asked_for_it_at_once() -> None:
+    """r4 shows its VIEW-CHANGE to the leader r0 only. The others asked r4 every other time and everyone else in turn:
+    some eight seconds for each view of a correct leader, and by then its time was over.
+    """
+    house = House(5, f=2, algorithm=Algorithm.MINBFT, window=8)
+    votes = [house.view_change(who, 5) for who in ("r0", "r1", "r4")]
+    view = house.new_view("r0", 5, votes)
+    r3 = Listener(house)
+    r3.hear(votes[0], votes[1], view)
+    assert r3.ordering.configuration.streams["r0"].held, "r4's log is missing"
+    asked = {peer for step in range(3) for peer, _ in r3.asks(step / 10)}
+    assert "r0#1" in asked
+
+
+def test_who_cites_a_proposal_is_asked_for_what_comes_before_it() -> None:
+    house = House(5, f=2, window=16)
+    first, second = house.prepare("r4", 0, 4), house.prepare("r4", 0, 9)
+    r3 = Listener(house)
+    r3.hear(house.commit("r1", second))
+    asked = {peer for step in range(3) for peer, fetch in r3.asks(step / 10) if (fetch.first, fetch.last) == (1, 1)}
+    assert "r1#2" in asked
+    r3.hear(first)
+    assert not r3.asks(5.0)
+
+
+def test_a_peer_that_hands_a_stream_out_drop_by_drop_is_not_left_alone_with_it() -> None:
+    """Each message renewed the patience: 17 of them took 17 seconds, though three others had them all."""
+    house = House(5, f=2, algorithm=Algorithm.MINBFT, window=40)
+    said = [house.prepare("r0", 0, s) for s in range(1, 31)]
+    r3 = Listener(house)
+    r3.at.beacons = {"r0#1": Beacon(1, len(said), 0)}
+    asked: list[str] = []
+    for step in range(100):
+        asked += [peer for peer, _ in r3.asks(step / 10)]
+        if step % 9 == 8:  # just before whoever waits gives up
+            r3.hear(said[step // 9])
+    assert len(set(asked)) >= 3
+    assert len(asked) <= 5
+
+
+def test_votes_for_the_next_window_that_overtake_the_own_certificate_are_kept() -> None:
+    """Where the window is full again and again – always, with K = L = 1 – whoever had the certificate last threw the
+    next proposal away, and then each slot took as long as it takes until one is repeated.
+    """
+    group = group_of(period=1, window=1)
+    r1 = ordering(group, "r1")
+    digests = {}
+    for s in (1, 2):
+        data = batch(group, s)
+        digests[s] = batch_digest(data)
+        tell(group, "r1", vote(group, "r0", Phase.PRE_PREPARE, 0, s, digests[s], data))
+        for name in ("r2", "r3"):
+            tell(group, "r1", vote(group, name, Phase.PREPARE, 0, s, digests[s]))
+    for name in ("r0", "r2"):
+        tell(group, "r1", vote(group, name, Phase.COMMIT, 0, 1, digests[1]))
+    assert r1.decision(1) == digests[1]
+    assert (0, 2, Phase.PREPARE) not in r1.voice.said, "the window is full"
+    body = LAYOUT[Kind.CHECKPOINT].pack(1, node(group, "r1").core._at.execution.digests[1])
+    for name in ("r0", "r2"):
+        signature = node(group, name).wormhole.sign(1, Kind.CHECKPOINT, body)
+        tell(group, "r1", StatementMessage(1, name, Kind.CHECKPOINT, body, signature))
+    assert (0, 2, Phase.COMMIT) in r1.voice.said
+
+
+def test_early_votes_of_one_member_are_bounded_and_the_lowest_stay() -> None:
+    group = group_of(period=64, window=64)
+    early = [vote(group, "r2", Phase.PREPARE, 0, s, bytes(32)) for s in range(65, 129)]
+    early += [vote(group, "r2", Phase.COMMIT, 0, s, bytes(32)) for s in range(65, 129)]
+    tell(group, "r1", *early)
+    assert list(ordering(group, "r1")._early["r2"]) == early[:MAX_EARLY]
+    tell(group, "r1", vote(group, "r2", Phase.PREPARE, 0, 129, bytes(32)))
+    assert max(found.s for found in ordering(group, "r1")._early["r2"]) == 128, "no more than one window ahead"
