@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cloudfit_orchestrator.model.errors import PermanentError
-from cloudfit_orchestrator.model.one_disk import STATE_OFFSET_MIB
+from cloudfit_orchestrator.model.one_disk import STATE_OFFSET_MIB, single_disk_mib
 
 TOOL_TIMEOUT_S = 120.0  # mkfs.ext4 of a sparse terabyte takes seconds
 MIB = 1 << 20
@@ -72,7 +72,7 @@ def packed_single_disk(root: Path, size_mib: int) -> Iterator[Path]:
         raw, packed = directory / "raw", directory / "qcow2"
         with reporting(f"make a disk of root and state in {directory}"):
             shutil.copyfile(root, raw)
-            os.truncate(raw, (STATE_OFFSET_MIB + size_mib) * MIB)
+            os.truncate(raw, single_disk_mib(size_mib) * MIB)
             where = ["-E", f"offset={STATE_OFFSET_MIB * MIB}", str(raw), f"{size_mib * 1024}k"]
             run_tool([*MKFS, *where], f"make a state of {size_mib} MiB behind the root")
             run_tool(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(packed)], "pack the disk")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "/etc/cloudfit"
 STATE_DISK = "/dev/vdb"
-STATE_BEHIND_ROOT = "/dev/dm-1"  # the initramfs made it, before the root was mounted, where the first disk holds a state
+STATE_BEHIND_ROOT = "/dev/dm-1"  # the initramfs makes it where the first disk holds a state
 STATE = "/state"
 STATE_ERROR = "/run/cloudfit/state-error"  # why an optional state disk is not mounted; the entry reports it
 DEVICE_TIMEOUT_S = 10.0  # the disk is found before the root is; a slow host is given this much more

@@ -48,6 +48,11 @@ def root_size(manifest: Manifest) -> int:
     return max(p.offset + p.size for p in manifest.parts if p.file == manifest.part("root").file)
 
 
+def single_disk_mib(state_mib: int) -> int:
+    """Of a disk that holds root and state."""
+    return STATE_OFFSET_MIB + state_mib
+
+
 def carried(manifest: Manifest) -> Carried:
     """How an initramfs looks that carries the root of this image. Raises BadError if it lacks a part."""
     size = root_size(manifest)
