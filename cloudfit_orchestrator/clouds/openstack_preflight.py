@@ -120,11 +120,12 @@ class Preflight:
     def _services(self) -> list[Finding]:
         found = []
         for service in SERVICES:
-            if service == "volume" and self._place.state != VOLUME:
-                continue  # not needed: `_state` says what is used
 
             def look(service: str = service) -> list[Finding]:
-                url = self._api.endpoint(service)
+                needed = service != "volume" or self._place.state == VOLUME
+                url = None if service == "volume" and self._place.state == INSTANCE else self._api.endpoint(service)
+                if url is None and not needed:
+                    return []  # `_state` says what is used instead
                 if url is None:
                     fix = f"openstack --os-cloud {self._api.cloud} catalog list; the driver needs {service}"
                     return [Finding(f"service {service}", "fail", "not in the catalogue of this region", fix)]

@@ -81,7 +81,7 @@ def test_clocks_that_differ(tmp_path, fake, seconds, verdict):
 def test_no_cinder_and_no_role(tmp_path, fake):
     fake.wrong.services = {"volumev3"}
     fake.roles = ["reader"]
-    with driving(tmp_path, fake) as cloud:
+    with driving(tmp_path, fake, place(state="volume")) as cloud:
         found = cloud.preflight(DEMAND)
     assert ("service volume", "not in the catalogue of this region") in faults(found)
     assert next(f for f in found if f.name == "credentials").verdict == "warn"
