@@ -217,6 +217,7 @@ class Demand:
     state_mib: int
     root_bytes: int = 0  # of the largest root image, with its hash tree; 0 if not known yet
     command_line: str = ""
+    recovery_command_line: str = ""  # of the recovery image; empty if not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,11 +322,17 @@ class Cloud(ABC):
         Also clears what a half-made machine of that identity left.
         """
 
+    def must_pause(self, machine: Machine) -> bool:
+        """Whether `snapshot` refuses the machine while it runs."""
+        del machine
+        return True
+
     @abstractmethod
     def snapshot(self, machine: Machine, operation: str) -> DiskSnapshot:
         """Freeze the state disk of a paused or stopped machine as a snapshot; the machine may go on on top of it.
 
-        One a machine and operation: repeated, the first is returned. PermanentError: running, gone, no state disk.
+        Of a running one too, where `must_pause` says no. One a machine and operation: repeated, the first is returned.
+        PermanentError: running, gone, no state disk.
         """
 
     @abstractmethod

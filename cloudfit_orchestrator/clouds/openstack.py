@@ -1,8 +1,9 @@
 """The OpenStack driver: servers, volumes and addresses of one project in one region. See `clouds.base` for the rules.
 
-A machine is a server with a port of its own, whose second disk is a Cinder volume. Its network is the operator's: what
-is called the deployment's network elsewhere is here its security groups, server groups and images, which go when its
-last machine has gone.
+A machine is a server with a port of its own, whose second disk is a Cinder volume; where a cloud has no Cinder, or the
+spec wants it so, its one disk holds root and state (model/one_disk.py), and snapshots are server images. Its network is
+the operator's: what is called the deployment's network elsewhere is here its security groups, server groups and images,
+which go when its last machine has gone.
 """
 
 import socket
@@ -28,22 +29,30 @@ from cloudfit_orchestrator.clouds.base import (
     check_name,
 )
 from cloudfit_orchestrator.clouds.openstack_api import Api
-from cloudfit_orchestrator.clouds.openstack_images import Images, check_command_line
+from cloudfit_orchestrator.clouds.openstack_images import Images, boot_properties, check_command_line
+from cloudfit_orchestrator.clouds.openstack_instance import FORMAT as SERVER_IMAGE
+from cloudfit_orchestrator.clouds.openstack_instance import ServerImages
 from cloudfit_orchestrator.clouds.openstack_network import Network
 from cloudfit_orchestrator.clouds.openstack_preflight import Preflight, find_flavor, flavor_faults
 from cloudfit_orchestrator.clouds.openstack_servers import Boot, Servers, state_of
 from cloudfit_orchestrator.clouds.openstack_tags import (
+    INSTANCE,
     KIND,
+    STATE_ON,
+    VOLUME,
     Reservation,
     group_of_label,
     owner_of,
     owner_of_label,
 )
+from cloudfit_orchestrator.clouds.openstack_volumes import FORMAT as VOLUME_SNAPSHOT
 from cloudfit_orchestrator.clouds.openstack_volumes import OVERLAY, STATE, Volumes
 from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, RefusedError
 from cloudfit_orchestrator.model.image import Role
+from cloudfit_orchestrator.model.one_disk import single_disk_mib
 from cloudfit_orchestrator.model.spec import OpenStackPlace
 
+OWN_DISK = Path("nova")  # above a server's id: its state is on its own disk
 LOCKS = 64  # machines are spread over so many locks: two calls for one machine wait for each other
 
 
@@ -62,6 +71,7 @@ class OpenStackCloud(Cloud):
         self.network = Network(self.api, place.network)
         self.servers = Servers(self.api)
         self.volumes = Volumes(self.api, place.availability_zone, place.volume_type)
+        self.server_images = ServerImages(self.api, self.servers)
         self._locks = tuple(threading.RLock() for _ in range(LOCKS))
 
     @contextmanager
@@ -83,6 +93,16 @@ class OpenStackCloud(Cloud):
 
     def preflight(self, demand: Demand, *, probe: bool = False) -> Sequence[Finding]:
         return Preflight(self.api, self.place, self.network, self.servers).run(demand, probe=probe)
+
+    def _cinder(self) -> bool:
+        """Whether Cinder may be asked at all: never where the spec says so, or the catalogue has none."""
+        if self.place.state == INSTANCE:
+            return False
+        return self.place.state == VOLUME or self.api.endpoint("volume") is not None
+
+    def _server_images(self) -> bool:
+        """Whether there may be server images of ours: also where Cinder came later."""
+        return self.place.state != VOLUME
 
     # The network
 
@@ -153,30 +173,47 @@ class OpenStackCloud(Cloud):
 
     def _boot(self, spec: MachineSpec) -> Boot:
         owner = spec.owner
-        flavor = self.flavor(spec)
-        image = self.images.ensure_boot(spec)
+        cinder = spec.attach.format == VOLUME_SNAPSHOT if spec.attach else self._cinder()
+        flavor = self.flavor(spec, single=spec.state_disk is not None and not cinder)
         port = None if spec.network is None else self.network.take(owner, spec.network.address)
-        volume: Mapping[str, Any] | None = None
-        if spec.state_disk is not None:
-            size_mib = spec.state_disk.size_mib
-            empty = self.images.ensure_state(owner.deployment, max(1, -(-size_mib // 1024)))
-            volume = self.volumes.ensure_state(owner, size_mib, empty)
-        elif spec.attach is not None:
-            volume = self.volumes.ensure_overlay(owner, spec.attach)
+        image, volume = self._disks(spec) if cinder else (self._one_disk(spec), None)
         group = self.servers.ensure_group(owner.deployment, owner.group)
         return Boot(
             image=image,
             flavor=str(flavor["id"]),
             port=None if port is None else str(port["id"]),
-            volume=None if volume is None else str(volume["id"]),
+            volume=volume,
             zone=self.place.availability_zone,
             group=group,
+            state=VOLUME if cinder else INSTANCE,
         )
 
-    def flavor(self, spec: MachineSpec) -> dict[str, Any]:
-        """The flavor. PermanentError if there is none or it is too small for `spec`."""
+    def _disks(self, spec: MachineSpec) -> tuple[str, str | None]:
+        """Root image and volume."""
+        owner, image = spec.owner, self.images.ensure_boot(spec)
+        if spec.state_disk is not None:
+            size_mib = spec.state_disk.size_mib
+            empty = self.images.ensure_state(owner.deployment, max(1, -(-size_mib // 1024)))
+            return image, str(self.volumes.ensure_state(owner, size_mib, empty)["id"])
+        if spec.attach is not None:
+            return image, str(self.volumes.ensure_overlay(owner, spec.attach)["id"])
+        return image, None
+
+    def _one_disk(self, spec: MachineSpec) -> str:
+        """The image of a machine's only disk."""
+        if spec.state_disk is not None:
+            return self.images.ensure_single(spec, spec.state_disk.size_mib)
+        if spec.attach is None:
+            return self.images.ensure_boot(spec)
+        kernel, initramfs = self.images.ensure_carrier(spec)
+        return self.server_images.boot_by(spec.attach, boot_properties(spec.manifest, kernel, initramfs))
+
+    def flavor(self, spec: MachineSpec, *, single: bool = False) -> dict[str, Any]:
+        """The flavor. PermanentError if there is none or it is too small for `spec`; `single`: the disk holds state."""
         found = self.api.remembered(("flavor",), lambda: find_flavor(self.api, self.place.flavor))
         root_bytes = max((p.offset + p.size for p in spec.manifest.parts if p.name in ("root", "verity")), default=0)
+        if single and spec.state_disk is not None:
+            root_bytes = single_disk_mib(spec.state_disk.size_mib) << 20
         wrong = flavor_faults(found, spec.memory_mib, spec.cpus, root_bytes)
         if wrong:
             raise PermanentError(
@@ -194,7 +231,7 @@ class OpenStackCloud(Cloud):
             state=state_of(server),
             channel=Path(identity, "channel"),  # on the compute host, where the agent makes it
             console=Path(identity, "console.log"),
-            state_disk=Path("cinder", str(volumes[0]["id"])) if volumes else None,
+            state_disk=Path("cinder", str(volumes[0]["id"])) if volumes else _own_disk(server),
             reference={"driver": "libvirt", "uri": self.place.hypervisor, "uuid": identity},
         )
 
@@ -239,7 +276,7 @@ class OpenStackCloud(Cloud):
         for server in self.servers.all_of(owner):
             self.servers.remove(server)
         self.network.remove_ports(owner)
-        for volume in self.volumes.of(owner):
+        for volume in self.volumes.of(owner) if self._cinder() else ():
             self.volumes.wait_free(volume)
             self.volumes.keep_or_remove(volume)
 
@@ -262,15 +299,20 @@ class OpenStackCloud(Cloud):
 
     # Disks
 
+    def must_pause(self, machine: Machine) -> bool:
+        return machine.state_disk is None or not machine.state_disk.is_relative_to(OWN_DISK)
+
     def snapshot(self, machine: Machine, operation: str) -> DiskSnapshot:
         owner = machine.owner
         with self._locked(owner):
-            taken = self.volumes.find_snapshot(owner, operation)
+            taken = next((s for s in self.snapshots(owner.deployment) if _is_of(s, owner, operation)), None)
             if taken is not None:
                 return taken
             server = self.servers.get(machine.id)
             if server is None:
                 raise PermanentError(f"machine {owner.name} does not exist in {self.api.name}")
+            if server["metadata"].get(STATE_ON) == INSTANCE:
+                return self.server_images.snapshot(owner, machine.id, operation)
             volume = next((v for v in self.volumes.of(owner) if v["metadata"].get(KIND) == STATE), None)
             if volume is None:
                 raise PermanentError(f"machine {owner.name} has no state disk")
@@ -279,14 +321,24 @@ class OpenStackCloud(Cloud):
             return self.volumes.snapshot(owner, volume, operation)
 
     def snapshots(self, deployment: str) -> Sequence[DiskSnapshot]:
-        return self.volumes.snapshots(deployment)
+        found = self.volumes.snapshots(deployment) if self._cinder() else []
+        found += self.server_images.snapshots(deployment) if self._server_images() else []
+        return sorted(found, key=lambda s: (s.owner.name, s.taken_at))
 
     def delete_snapshot(self, snapshot: DiskSnapshot) -> None:
         with self._locked(snapshot.owner):
-            self.volumes.delete_snapshot(snapshot, alive=lambda owner: bool(self.servers.all_of(owner)))
+            if snapshot.format == SERVER_IMAGE:
+                self.server_images.delete_snapshot(snapshot)
+            else:
+                self.volumes.delete_snapshot(snapshot, alive=lambda owner: bool(self.servers.all_of(owner)))
 
     def attach(self, machine: Machine, snapshot: DiskSnapshot) -> Machine:
         owner = machine.owner
+        if snapshot.format == SERVER_IMAGE:
+            raise PermanentError(
+                f"machine {owner.name} runs, and {self.api.name} has no Cinder to give it the disk {snapshot.id}",
+                next_command="make a machine from the snapshot",
+            )
         with self._locked(owner):
             others = [v for v in self.volumes.of(owner) if v["metadata"].get(KIND) != OVERLAY]
             if others:
@@ -317,14 +369,17 @@ class OpenStackCloud(Cloud):
         found = [
             Orphan(OrphanKind.MACHINE, m.id, m.owner.name, m.owner) for m in here if m.owner.identity not in expected
         ]
-        snapshots = self.volumes.all_snapshots(deployment)
+        cinder = self._cinder()
+        snapshots = self.volumes.all_snapshots(deployment) if cinder else []
+        images = self.server_images.all_snapshots(deployment) if self._server_images() else []
         found += [
             Orphan(OrphanKind.SNAPSHOT, identity, owner.name, owner)
-            for identity, owner in reversed(snapshots)
+            for identity, owner in reversed([*images, *snapshots])
             if owner.identity not in kept
         ]
         standing = {owner.identity for _, owner in snapshots}  # their volumes go with them
-        parts = {o.identity: o for o in (owner_of(v["metadata"]) for v in self.volumes.of_deployment(deployment)) if o}
+        volumes = self.volumes.of_deployment(deployment) if cinder else []
+        parts = {o.identity: o for o in (owner_of(v["metadata"]) for v in volumes) if o}
         parts = {identity: o for identity, o in parts.items() if identity not in standing}
         parts |= {
             o.identity: o for o in (owner_of_label(p.get("description")) for p in self.network.ports())
@@ -364,8 +419,11 @@ class OpenStackCloud(Cloud):
             if orphan.owner is None or orphan.owner.deployment != deployment:
                 raise RefusedError(f"{orphan.kind} {orphan.name} does not carry the tags of {deployment}: not touched")
             if orphan.kind is OrphanKind.SNAPSHOT:
-                taken = DiskSnapshot(orphan.id, orphan.owner, orphan.owner.operation, Path(orphan.id), "cinder", "")
-                self.delete_snapshot(taken)
+                images = self.server_images.all_snapshots(deployment) if self._server_images() else []
+                form = SERVER_IMAGE if orphan.id in {identity for identity, _ in images} else VOLUME_SNAPSHOT
+                if form == SERVER_IMAGE or self._cinder():  # else it is gone
+                    taken = DiskSnapshot(orphan.id, orphan.owner, orphan.owner.operation, Path(orphan.id), form, "")
+                    self.delete_snapshot(taken)
             elif orphan.kind is OrphanKind.MACHINE or self.find(orphan.owner) is None:
                 with self._locked(orphan.owner):
                     self._clear(orphan.owner)
@@ -384,6 +442,15 @@ class OpenStackCloud(Cloud):
 
     def close(self) -> None:
         self.api.close()
+
+
+def _own_disk(server: Mapping[str, Any]) -> Path | None:
+    """Where a machine has its state without a volume."""
+    return OWN_DISK / str(server["id"]) if server["metadata"].get(STATE_ON) == INSTANCE else None
+
+
+def _is_of(snapshot: DiskSnapshot, owner: Ownership, operation: str) -> bool:
+    return (snapshot.owner.identity, snapshot.operation) == (owner.identity, operation)
 
 
 def own_address(towards: str) -> str:

@@ -9,14 +9,12 @@ look before it asks again. Secrets stay in openstacksdk: no error and no log lin
 import json
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 import keystoneauth1.exceptions
 import openstack.config.loader
@@ -25,6 +23,14 @@ import requests
 import yaml
 from openstack.connection import Connection
 
+from cloudfit_orchestrator.clouds.openstack_answers import (
+    FINAL_CONFLICTS,
+    advice,
+    error_of,
+    next_page,
+    retry_after,
+    said_in,
+)
 from cloudfit_orchestrator.clouds.shared_calls import SharedCalls
 from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError, PermanentError, TemporaryError
 
@@ -34,9 +40,7 @@ READ_TIMEOUT_S = 60.0  # nova-api waits up to 60 s for its own conductor
 REPEAT_FOR_S = 60.0  # how long one request is repeated: a service that restarts is back by then
 SILENT_FOR_S = 300.0  # a cloud that gave no answer for REPEAT_FOR_S: a change without it asks it several times more
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 4.0
-MAX_RETRY_AFTER_S = 30.0  # a cloud that wants more gets its error shown instead
 MAX_PAGES = 200  # of a listing: no project has that many, an API that repeats its marker for ever might
-MAX_SAID = 300  # characters of an API's own words in an error
 COMPUTE_VERSION = "2.64"  # server groups with one policy; Rocky (2018). Also gives tags at creation (2.52)
 VOLUME_VERSION = "3.3"  # Newton (2016): Cinder tells its users why a volume failed
 SERVICES = {"compute": "compute", "image": "image", "network": "network", "volume": "block_storage"}
@@ -175,7 +179,7 @@ class Api:
             return Connection(config=region)
         except openstack.exceptions.ConfigException as error:
             raise BadInputError(
-                f"cloud {self.cloud} of {file}: {_said(str(error))}", next_command=f"correct {file}"
+                f"cloud {self.cloud} of {file}: {said_in(str(error))}", next_command=f"correct {file}"
             ) from None
         except keystoneauth1.exceptions.ClientException as error:  # options of the auth plugin; may quote values
             raise BadInputError(
@@ -197,9 +201,11 @@ class Api:
         return self._asked("authenticate", ask)
 
     def endpoint(self, service: str) -> str | None:
-        """URL of a service (a key of SERVICES) in the catalogue; None if it has none."""
+        """URL of a service (a key of SERVICES) in the catalogue; None if it has none, or clouds.yaml says so."""
         catalogue = self.access().service_catalog
         with self.connection() as connection:
+            if not connection.config.has_service(SERVICES[service].replace("_", "-")):
+                return None
             adapter = getattr(connection, SERVICES[service])
             aliases, region = [adapter.service_type, *_ALIASES.get(service, ())], connection.config.get_region_name()
         found = [
@@ -252,7 +258,7 @@ class Api:
                 raise TemporaryError(f"{tried}: the answer of {self.name} holds no {key}")
             found += [o for o in page if isinstance(o, dict) and (o.get("id") not in seen)]
             seen |= {str(o["id"]) for o in page if isinstance(o, dict) and "id" in o}
-            following = _next(document, key)
+            following = next_page(document, key)
             if following is None or not page:
                 return found
             query = {**query, **following}
@@ -265,6 +271,10 @@ class Api:
     def put(self, service: str, path: str, body: Mapping[str, Any], tried: str) -> dict[str, Any] | None:
         """Set it so; None if it is gone."""
         return self.request(service, "PUT", path, tried, body=body)
+
+    def patch(self, path: str, values: Mapping[str, str], tried: str) -> dict[str, Any] | None:
+        """Set these properties of an image; None if it is gone."""
+        return self.request("image", "PATCH", path, tried, body=values)
 
     def delete(self, service: str, path: str, tried: str) -> bool:
         """Ask for the end of it; False if it is gone already."""
@@ -323,7 +333,11 @@ class Api:
         keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON}}
         if service in _VERSIONS:
             keywords["microversion"] = _VERSIONS[service]
-        if body is not None:
+        if method == "PATCH":
+            changes = [{"op": "add", "path": f"/{name}", "value": value} for name, value in (body or {}).items()]
+            keywords["data"] = json.dumps(changes)
+            keywords["headers"] = {"Content-Type": "application/openstack-images-v2.1-json-patch", "Accept": _JSON}
+        elif body is not None:
             keywords["json"] = body
         if data is not None:
             keywords["data"] = data
@@ -346,16 +360,16 @@ class Api:
             return self._document(response, tried)
         if status == 404 and method != "POST":
             return None
-        kind, said = _error(response)
+        kind, said = error_of(response)
         fact = f"{tried}: {self.name} answers {status}: {said}"
         if status in (429, 503) or (status == 413 and "retry-after" in response.headers and method == "GET"):
             trouble: type[TemporaryError] = LimitedError if status == 429 else UnclearError
-            raise trouble(fact, retry_after_s=_retry_after(response))
+            raise trouble(fact, retry_after_s=retry_after(response))
         if status >= 500 or status == 408:
             raise UnclearError(fact)
-        if status == 409 and kind not in _FINAL_CONFLICTS:
+        if status == 409 and kind not in FINAL_CONFLICTS:
             raise BusyError(fact)
-        raise RejectedError(fact, status=status, kind=kind, next_command=_advice(status, kind, path))
+        raise RejectedError(fact, status=status, kind=kind, next_command=advice(status, kind, path))
 
     def _document(self, response: requests.Response, tried: str) -> dict[str, Any]:
         if not response.content:
@@ -381,7 +395,7 @@ class Api:
             )
         if isinstance(error, what.SSLError):
             return PermanentError(
-                f"{where}: TLS: {_said(str(error))}", next_command="check cacert in clouds.yaml, and the certificate"
+                f"{where}: TLS: {said_in(str(error))}", next_command="check cacert in clouds.yaml, and the certificate"
             )
         absent = openstack.exceptions.EndpointNotFound | openstack.exceptions.ServiceDisabledException
         if isinstance(error, what.EndpointNotFound | what.EmptyCatalog | absent):
@@ -390,17 +404,17 @@ class Api:
                 next_command=f"openstack --os-cloud {self.cloud} catalog list",
             )
         if isinstance(error, openstack.exceptions.NotSupported):
-            return PermanentError(f"{where}: {_said(str(error))}", next_command=doctor)
+            return PermanentError(f"{where}: {said_in(str(error))}", next_command=doctor)
         if isinstance(error, what.MissingRequiredOptions | what.NoMatchingPlugin | what.OptionError):
             return BadInputError(f"{where}: its auth section is not complete", next_command="correct clouds.yaml")
         if isinstance(error, what.HTTPClientError) and not isinstance(
             error, what.TooManyRequests | what.RequestTimeout
         ):
-            return PermanentError(f"{where}: Keystone: {_said(str(error))}", next_command=doctor)
+            return PermanentError(f"{where}: Keystone: {said_in(str(error))}", next_command=doctor)
         if isinstance(error, what.TooManyRequests):  # of a token: nothing was carried out
-            return LimitedError(f"{where}: Keystone: {_said(str(error))}")
+            return LimitedError(f"{where}: Keystone: {said_in(str(error))}")
         # No connection, a service in trouble, a discovery document that is none.
-        return UnclearError(f"{where}: {_said(str(error))}", next_command=doctor)
+        return UnclearError(f"{where}: {said_in(str(error))}", next_command=doctor)
 
     # Waiting
 
@@ -445,51 +459,3 @@ class Api:
             # Threads look at the same instants, so that they share what they list.
             time.sleep(pause + -(time.monotonic() + pause) % FIRST_PAUSE_S)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
-
-
-# 409 that waiting does not mend: Neutron's names of them.
-_FINAL_CONFLICTS = frozenset({"OverQuota", "IpAddressInUse", "IpAddressInUseClient", "MacAddressInUse"})
-
-
-def _advice(status: int, kind: str, path: str) -> str:
-    if status == 413 or kind == "OverQuota":
-        return "openstack quota show; ask the operator of the cloud for more, or destroy a group"
-    if status == 403:
-        return "openstack role assignment list --names, openstack quota show: a role or a quota is missing"
-    if status == 401:
-        return "openstack token issue"
-    if kind.startswith("IpAddressInUse"):
-        return "openstack port list"
-    return f"see what the cloud says; the call was {path.partition('?')[0]}"
-
-
-def _retry_after(response: requests.Response) -> float:
-    try:
-        return min(max(float(response.headers.get("Retry-After", "1")), 0.1), MAX_RETRY_AFTER_S)
-    except ValueError:  # a date
-        return LONGEST_PAUSE_S
-
-
-def _error(response: requests.Response) -> tuple[str, str]:
-    """(the API's name of the error, its words)."""
-    try:
-        document: Any = response.json()
-    except ValueError:
-        return "", _said(re.sub(r"<[^>]*>", " ", response.text))
-    if isinstance(document, dict):
-        inner = next((v for v in document.values() if isinstance(v, dict) and "message" in v), document)
-        return str(inner.get("type", "")), _said(str(inner.get("message", "")))
-    return "", _said(json.dumps(document))
-
-
-def _said(text: str) -> str:
-    return " ".join(text.split())[:MAX_SAID] or "nothing"
-
-
-def _next(document: Mapping[str, Any], key: str) -> dict[str, str] | None:
-    """The query of the next page: Nova, Cinder and Neutron give links, Glance a path."""
-    links = document.get(f"{key}_links") or []
-    url = next((x.get("href") for x in links if isinstance(x, dict) and x.get("rel") == "next"), document.get("next"))
-    if not isinstance(url, str):
-        return None
-    return dict(parse_qsl(urlsplit(url).query))

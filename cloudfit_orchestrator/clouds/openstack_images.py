@@ -2,13 +2,16 @@
 
 A machine's image is three of Glance's: kernel and initramfs, and the root (erofs and hash tree in one raw disk) that
 names both and carries the kernel's command line. A fourth kind is an empty ext4 from which Cinder makes state disks,
-because a guest of ours has no tool to make a file system.
+because a guest of ours has no tool to make a file system. Where there is no Cinder, the root's image holds that ext4
+behind the root instead (`single`), and a recovery machine's initramfs carries its root (`carrier`): model/one_disk.py.
 """
 
 import contextlib
 import hashlib
+import shutil
+import tempfile
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,18 @@ from typing import Any
 from cloudfit_orchestrator.clouds.base import MachineSpec
 from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError, UnclearError
 from cloudfit_orchestrator.clouds.openstack_tags import KIND, PREFIX, deployment_tag, fresh_id
-from cloudfit_orchestrator.clouds.state_disk import packed_state_disk
+from cloudfit_orchestrator.clouds.state_disk import packed_single_disk, packed_state_disk, reporting
 from cloudfit_orchestrator.model.errors import BadError, PermanentError, RefusedError, TemporaryError
 from cloudfit_orchestrator.model.image import Manifest
+from cloudfit_orchestrator.model.one_disk import carried, check_image, single_disk_mib
 
 UPLOAD_TIMEOUT_S = 900.0  # of one image of some 30 MB: a slow uplink of 1 Mbit/s takes four minutes
 STALE_UPLOAD_S = 300.0  # an upload that others began and that shows no end: theirs died
 MAX_UPLOADS = 3  # of one image whose bytes arrive spoilt
 MAX_COMMAND_LINE = 255  # Nova keeps image properties as system metadata of that length, cut without a word
-STATE = "state"
+STATE, SINGLE, CARRIER = "state", "single", "carrier"
 DIGEST, OF_IMAGE = PREFIX + "digest", PREFIX + "image"
+CONTENT = PREFIX + "content"  # SHA-512 of the file, of an image that is not made alike twice
 # What Nova must give each machine. Without the guest agent's port there is no virtio-serial controller, and the
 # wormhole's channel could not be attached to the running machine; a time-out of 0 makes `stop` cut the power.
 HARDWARE = {
@@ -35,7 +40,8 @@ HARDWARE = {
     "hw_rng_model": "virtio",
     "os_shutdown_timeout": "0",
 }
-_FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", STATE: "qcow2"}
+_FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", STATE: "qcow2", SINGLE: "qcow2", CARRIER: "ari"}
+_NEWEST = ("root", SINGLE, CARRIER)  # of these the newest of each image stays, with what it names
 _CHUNK = 4 << 20
 
 
@@ -48,6 +54,7 @@ class _Wanted:
     path: Path | None  # None: made when it is needed
     parts: tuple[tuple[int, int, str], ...] = ()  # (offset, size, SHA-256) that the manifest says
     properties: Mapping[str, str] = field(default_factory=dict)
+    min_disk: int = 0  # GiB
 
 
 def check_command_line(manifest: Manifest) -> None:
@@ -78,17 +85,68 @@ class Images:
 
     def ensure_boot(self, spec: MachineSpec) -> str:
         """Id of the root image of `spec`, with its kernel and initramfs. BadError if bytes differ from the manifest."""
-        content = repr((sorted(p.sha256 for p in spec.manifest.parts), spec.manifest.command_line))
-        what = ("image", spec.owner.deployment, spec.manifest.name, content)
+        what = ("image", *self._content(spec))
         with self._lock:
             return self._api.remembered(what, lambda: self._look(spec))
+
+    @staticmethod
+    def _content(spec: MachineSpec) -> tuple[str, str, str]:
+        manifest = spec.manifest
+        return (
+            spec.owner.deployment,
+            manifest.name,
+            repr((sorted(p.sha256 for p in manifest.parts), manifest.command_line)),
+        )
 
     def _look(self, spec: MachineSpec) -> str:
         manifest, deployment = spec.manifest, spec.owner.deployment
         check_command_line(manifest)
         ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
-        boot = {"kernel_id": ids["kernel"], "ramdisk_id": ids["initramfs"], "os_command_line": manifest.command_line}
+        boot = boot_properties(manifest, ids["kernel"], ids["initramfs"])
         return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
+
+    def ensure_single(self, spec: MachineSpec, state_mib: int) -> str:
+        """Id of the image of root and empty state in one disk, and what it names. Errors as of `ensure_boot`."""
+        check_image(spec.manifest)
+        what = ("image", *self._content(spec), SINGLE, str(state_mib))
+        with self._lock:
+            return self._api.remembered(what, lambda: self._look_single(spec, state_mib))
+
+    def _look_single(self, spec: MachineSpec, state_mib: int) -> str:
+        manifest, deployment = spec.manifest, spec.owner.deployment
+        ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
+        boot = boot_properties(manifest, ids["kernel"], ids["initramfs"])
+        root = _wanted(spec, "root", {**boot, **HARDWARE})
+        digest = hashlib.sha256(f"{root.digest} {state_mib}".encode()).hexdigest()
+        name = f"{deployment}-{manifest.name}-{SINGLE}-{digest[:16]}"
+        gib = -(-single_disk_mib(state_mib) // 1024)
+        wanted = _Wanted(name, SINGLE, digest, manifest.name, None, (), root.properties, min_disk=gib)
+        found = self._find(deployment, wanted)
+        if found is not None and found.get("status") == "active" and self._as_made(found, wanted):
+            return str(found["id"])
+        assert root.path is not None
+        self._check(root, root.path)
+        with packed_single_disk(root.path, state_mib) as path:
+            return self._ensure(deployment, wanted, path)
+
+    def ensure_carrier(self, spec: MachineSpec) -> tuple[str, str]:
+        """Ids of kernel and of an initramfs that carries the root. Errors as of `ensure_boot`."""
+        manifest, deployment = spec.manifest, spec.owner.deployment
+        check_image(manifest)
+        with self._lock:
+            kernel = self._ensure(deployment, _wanted(spec, "kernel"))
+            layout, base = carried(manifest), _wanted(spec, "root")
+            assert base.path is not None
+            initramfs = manifest.part("initramfs")
+            parts = (
+                *((offset + layout.root_offset, size, said) for offset, size, said in base.parts),
+                (layout.initramfs_offset, initramfs.size, initramfs.sha256),
+            )
+            digest = hashlib.sha256(repr((CARRIER, parts)).encode()).hexdigest()
+            name = f"{deployment}-{manifest.name}-{CARRIER}-{digest[:16]}"
+            wanted = _Wanted(name, CARRIER, digest, manifest.name, None, parts, {"kernel_id": kernel})
+            with _joined((layout.head, base.path, layout.tail, spec.image_dir / initramfs.file)) as path:
+                return kernel, self._ensure(deployment, wanted, path)
 
     def ensure_state(self, deployment: str, size_gib: int) -> str:
         """Id of the image of an empty state disk."""
@@ -104,7 +162,7 @@ class Images:
     def collect(self, deployment: str, used: Collection[str]) -> list[str]:
         """Delete images of ours that no machine uses (`used`: ids) and that were replaced by a newer one. Their ids."""
         mine = sorted(self.of_deployment(deployment), key=lambda i: str(i.get("created_at")))
-        newest = {str(i[OF_IMAGE]): i for i in mine if i[KIND] == "root"}
+        newest = {(str(i[OF_IMAGE]), i[KIND]): i for i in mine if i[KIND] in _NEWEST}
         keep = {*used, *(str(i["id"]) for i in newest.values())}
         keep |= {str(i.get(k)) for i in mine if i["id"] in keep for k in ("kernel_id", "ramdisk_id")}
         old = [str(i["id"]) for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
@@ -138,7 +196,7 @@ class Images:
             nonlocal fresh, uploads
             found = self._find(deployment, wanted) or self._get(fresh, tried)
             if found is None:
-                self._create(deployment, wanted, fresh)
+                self._create(deployment, wanted, fresh, path)
                 found = self._get(fresh, tried)
             if found is None:
                 return None
@@ -184,8 +242,9 @@ class Images:
             return True
         return False
 
-    def _create(self, deployment: str, wanted: _Wanted, identity: str) -> None:
+    def _create(self, deployment: str, wanted: _Wanted, identity: str, path: Path) -> None:
         form = _FORMATS[wanted.kind]
+        made = {CONTENT: self._check(wanted, path)} if wanted.kind == SINGLE else {}
         body = {
             "id": identity,
             "name": wanted.name,
@@ -197,7 +256,9 @@ class Images:
             KIND: wanted.kind,
             DIGEST: wanted.digest,
             OF_IMAGE: wanted.of_image,
+            "min_disk": wanted.min_disk,
             **wanted.properties,
+            **made,
         }
         with contextlib.suppress(BusyError):  # the id exists: an earlier request was carried out after all
             self._api.make("image", "/images", body, f"create the image {wanted.name}")
@@ -230,6 +291,8 @@ class Images:
             return True
         if wanted.kind == STATE:
             same = bool(found.get("os_hash_value"))  # a file system made elsewhere differs in times; it holds nothing
+        elif wanted.kind == SINGLE:
+            same = self._as_made(found, wanted)
         else:
             algorithm = str(found.get("os_hash_algo") or "")
             if algorithm not in hashlib.algorithms_available:
@@ -242,6 +305,16 @@ class Images:
         if same:
             self._good.add(key)
         return same
+
+    def _as_made(self, found: Mapping[str, Any], wanted: _Wanted) -> bool:
+        """Whether Glance holds what its maker gave it. PermanentError if it cannot say."""
+        if found.get("os_hash_algo") != "sha512":
+            raise PermanentError(
+                f"image {wanted.name}: Glance of {self._api.name} hashes by {found.get('os_hash_algo') or 'nothing'}: "
+                "it cannot be compared with the file",
+                next_command="set hashing_algorithm = sha512 in glance-api.conf, then repeat",
+            )
+        return found.get("os_hash_value") == found.get(CONTENT)
 
     @staticmethod
     def _check(wanted: _Wanted, path: Path, algorithm: str = "sha512") -> str:
@@ -266,6 +339,29 @@ class Images:
                 f"image file {path} is not what its manifest says", next_command="cloudfit image verify, or build it"
             )
         return whole.hexdigest()
+
+
+def boot_properties(manifest: Manifest, kernel: str, initramfs: str) -> dict[str, str]:
+    """What an image says of how Nova boots it."""
+    return {"kernel_id": kernel, "ramdisk_id": initramfs, "os_command_line": manifest.command_line}
+
+
+@contextlib.contextmanager
+def _joined(parts: Collection[bytes | Path]) -> Iterator[Path]:
+    """A temporary file of bytes and files, one behind the other."""
+    directory = Path(tempfile.mkdtemp(prefix="cloudfit-"))
+    try:
+        path = directory / "joined"
+        with reporting(f"join an image's files in {directory}"), path.open("wb") as file:
+            for part in parts:
+                if isinstance(part, bytes):
+                    file.write(part)
+                else:
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, file, _CHUNK)
+        yield path
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _wanted(spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None) -> _Wanted:

@@ -19,10 +19,11 @@ from cloudfit_orchestrator.clouds.openstack_api import COMPUTE_VERSION, SERVICES
 from cloudfit_orchestrator.clouds.openstack_images import MAX_COMMAND_LINE
 from cloudfit_orchestrator.clouds.openstack_network import Network
 from cloudfit_orchestrator.clouds.openstack_servers import Servers
-from cloudfit_orchestrator.clouds.openstack_tags import Reservation
+from cloudfit_orchestrator.clouds.openstack_tags import INSTANCE, VOLUME, Reservation
 from cloudfit_orchestrator.clouds.openstack_volumes import gib
 from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError
 from cloudfit_orchestrator.model.image import Role
+from cloudfit_orchestrator.model.one_disk import STATE_ARGUMENT, STATE_OFFSET_MIB, single_disk_mib
 from cloudfit_orchestrator.model.spec import OpenStackPlace
 
 GIB = 1 << 30
@@ -46,7 +47,7 @@ def flavor_faults(flavor: Mapping[str, Any], memory_mib: int, cpus: int, root_by
         wrong.append(f"{flavor.get('vcpus')} CPUs, the spec wants {cpus}")
     disk = int(flavor.get("disk") or 0) * GIB
     if disk and disk < root_bytes:
-        wrong.append(f"a disk of {disk >> 30} GiB, the image has {-(-root_bytes // GIB)}")
+        wrong.append(f"a disk of {disk >> 30} GiB, the machine wants {-(-root_bytes // GIB)}")
     if int(flavor.get("OS-FLV-EXT-DATA:ephemeral") or 0) or int(flavor.get("swap") or 0):
         wrong.append("an ephemeral or swap disk, which would take the place of the state disk /dev/vdb")
     return wrong
@@ -77,13 +78,14 @@ class Preflight:
     ) -> None:
         """`clock`: seconds since the epoch."""
         self._api, self._place, self._network, self._servers, self._clock = api, place, network, servers, clock
+        self._single = False  # whether state will be on the machine's own disk
 
     def run(self, demand: Demand, *, probe: bool = False) -> list[Finding]:
         """All findings; those that need no connection or no catalogue first."""
         found = [self._credentials()]
         if found[0].verdict == "fail":
             return found
-        found += self._services()
+        found += [*self._services(), *_guarded("state", lambda: self._state(demand))]
         checks: list[tuple[str, Callable[[], list[Finding]]]] = [
             ("clock", self._clock_skew),
             ("certificate", self._certificates),
@@ -92,11 +94,11 @@ class Preflight:
             ("zone", self._zone),
             ("network", self._net),
             ("image formats", lambda: self._images(demand)),
-            ("volume type", self._volume_type),
             ("quota of compute", lambda: self._compute_quota(demand)),
-            ("quota of volumes", lambda: self._volume_quota(demand)),
             ("quota of network", lambda: self._network_quota(demand)),
         ]
+        if not self._single:
+            checks += [("volume type", self._volume_type), ("quota of volumes", lambda: self._volume_quota(demand))]
         if probe:
             checks.append(("allowed calls", self._probe))
         for name, check in checks:
@@ -120,7 +122,10 @@ class Preflight:
         for service in SERVICES:
 
             def look(service: str = service) -> list[Finding]:
-                url = self._api.endpoint(service)
+                needed = service != "volume" or self._place.state == VOLUME
+                url = None if service == "volume" and self._place.state == INSTANCE else self._api.endpoint(service)
+                if url is None and not needed:
+                    return []  # `_state` says what is used instead
                 if url is None:
                     fix = f"openstack --os-cloud {self._api.cloud} catalog list; the driver needs {service}"
                     return [Finding(f"service {service}", "fail", "not in the catalogue of this region", fix)]
@@ -129,14 +134,43 @@ class Preflight:
             found += _guarded(f"service {service}", look)
         return found
 
+    def _state(self, demand: Demand) -> list[Finding]:
+        """Where state goes, and what is missing for it."""
+        if self._place.state != INSTANCE and (url := self._api.endpoint("volume")) is not None:
+            return [Finding("state", "ok", f"on Cinder volumes: {url}")]
+        if self._place.state == VOLUME:
+            return []  # the service is missing, which has been said
+        self._single = True
+        why = "the spec says so" if self._place.state == INSTANCE else "the catalogue has no volume service"
+        text = f"on the machine's own disk, snapshots are server images: {why}"
+        found = [Finding("state", "ok", text)]
+        fix = "cloudfit image build"
+        if demand.command_line and STATE_ARGUMENT not in demand.command_line.split():
+            old = f"the image knows no state behind its root: {STATE_ARGUMENT} is not in its command line"
+            found.append(Finding("state", "fail", old, f"{fix} replica"))
+        if not demand.recovery_command_line:
+            found.append(Finding("state", "warn", "no image recovery here yet, to read it with", f"{fix} recovery"))
+        elif STATE_ARGUMENT not in demand.recovery_command_line.split():
+            old = f"the image recovery cannot read it: {STATE_ARGUMENT} is not in its command line"
+            found.append(Finding("state", "fail", old, f"{fix} recovery"))
+        if demand.root_bytes > STATE_OFFSET_MIB << 20:
+            large = f"the root has {demand.root_bytes >> 20} MiB, the state begins at {STATE_OFFSET_MIB} MiB"
+            found.append(Finding("state", "fail", large, "build a smaller image, or use a cloud with Cinder"))
+        if self._place.volume_type:
+            found.append(Finding("state", "warn", "volume_type is not used", "leave it out of the spec"))
+        return found
+
     def _keystone(self) -> str:
         with self._api.connection() as connection:
             return str(connection.config.get_auth_args().get("auth_url", ""))
 
+    def _used(self) -> list[str]:
+        return [s for s in SERVICES if s != "volume" or not self._single]
+
     def _clock_skew(self) -> list[Finding]:
         stamp = None
         with self._api.connection() as connection:
-            for url in (self._keystone(), *filter(None, map(self._api.endpoint, SERVICES))):
+            for url in (self._keystone(), *filter(None, map(self._api.endpoint, self._used()))):
                 answer = connection.session.get(url, authenticated=False, raise_exc=False, timeout=TLS_TIMEOUT_S)
                 stamp = stamp or answer.headers.get("Date")
         if not stamp:
@@ -147,7 +181,7 @@ class Preflight:
         return [Finding("clock", verdict, f"the cloud is {skew:+.0f} s from this host", fix)]
 
     def _certificates(self) -> list[Finding]:
-        urls = {self._keystone(), *(u for u in map(self._api.endpoint, SERVICES) if u)}
+        urls = {self._keystone(), *(u for u in map(self._api.endpoint, self._used()) if u)}
         plain = sorted(u for u in urls if urlsplit(u).scheme != "https")
         found = []
         if plain:
@@ -192,7 +226,8 @@ class Preflight:
 
     def _flavor(self, demand: Demand) -> list[Finding]:
         flavor = find_flavor(self._api, self._place.flavor)
-        wrong = flavor_faults(flavor, demand.memory_mib, demand.cpus, demand.root_bytes)
+        disk = single_disk_mib(demand.state_mib) << 20 if self._single else demand.root_bytes
+        wrong = flavor_faults(flavor, demand.memory_mib, demand.cpus, disk)
         text = f"{flavor['name']}: {flavor['ram']} MiB, {flavor['vcpus']} CPUs, {flavor['disk']} GiB"
         found = [Finding("flavor", "fail", w, "name another flavor in the spec") for w in wrong]
         if not int(flavor.get("disk") or 0):

@@ -42,6 +42,7 @@ class Boot:
     volume: str | None
     zone: str
     group: str
+    state: str  # volume | instance: where the machine has its state; kept in the server's metadata
 
 
 def state_of(server: Mapping[str, Any]) -> MachineState:
@@ -173,7 +174,7 @@ class Servers:
             "flavorRef": boot.flavor,
             "networks": [{"port": boot.port}] if boot.port else "none",
             "block_device_mapping_v2": disks,
-            "metadata": metadata(owner, fingerprint=fingerprint),
+            "metadata": metadata(owner, fingerprint=fingerprint, state=boot.state),
             "tags": [deployment_tag(owner.deployment)],
             "config_drive": False,
         }

@@ -17,7 +17,8 @@ from cloudfit_orchestrator.model.image import Role
 
 PREFIX = "cloudfit_"
 LABEL = "cloudfit:1 "
-KIND, FINGERPRINT = "cloudfit_kind", "cloudfit_fingerprint"
+KIND, FINGERPRINT, STATE_ON = "cloudfit_kind", "cloudfit_fingerprint", "cloudfit_state"
+VOLUME, INSTANCE = "volume", "instance"  # of STATE_ON
 _FIELDS = ("deployment", "group", "replica", "incarnation", "role", "operation")
 RESERVED = 0  # in the place of the incarnation: an address that a machine is going to have
 

@@ -188,11 +188,6 @@ class Volumes:
         found = ((str(s["id"]), owner_of(s.get("metadata"))) for s in self._mine("snapshots", deployment))
         return [(identity, owner) for identity, owner in found if owner is not None]
 
-    def find_snapshot(self, owner: Ownership, operation: str) -> DiskSnapshot | None:
-        """The whole snapshot of that machine and operation."""
-        taken = self.snapshots(owner.deployment)
-        return next((s for s in taken if (s.owner.identity, s.operation) == (owner.identity, operation)), None)
-
     def snapshot(self, owner: Ownership, volume: Mapping[str, Any], operation: str) -> DiskSnapshot:
         """Take it, or finish one that was begun."""
         tried = f"snapshot the state volume of {owner.name}"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cloudfit_orchestrator.model.errors import PermanentError
+from cloudfit_orchestrator.model.one_disk import STATE_OFFSET_MIB, single_disk_mib
 
 TOOL_TIMEOUT_S = 120.0  # mkfs.ext4 of a sparse terabyte takes seconds
 MIB = 1 << 20
@@ -58,6 +59,23 @@ def packed_state_disk(size_mib: int) -> Iterator[Path]:
             os.truncate(raw, size_mib * MIB)
             run_tool([*MKFS, str(raw)], f"make a state disk of {size_mib} MiB")
             run_tool(["qemu-img", "convert", "-O", "qcow2", str(raw), str(packed)], "pack the state disk")
+            yield packed
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def packed_single_disk(root: Path, size_mib: int) -> Iterator[Path]:
+    """A temporary qcow2 file with the content of `root` and, from STATE_OFFSET_MIB on, an empty ext4 of that size."""
+    directory = Path(tempfile.mkdtemp(prefix="cloudfit-"))
+    try:
+        raw, packed = directory / "raw", directory / "qcow2"
+        with reporting(f"make a disk of root and state in {directory}"):
+            shutil.copyfile(root, raw)
+            os.truncate(raw, single_disk_mib(size_mib) * MIB)
+            where = ["-E", f"offset={STATE_OFFSET_MIB * MIB}", str(raw), f"{size_mib * 1024}k"]
+            run_tool([*MKFS, *where], f"make a state of {size_mib} MiB behind the root")
+            run_tool(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(packed)], "pack the disk")
             yield packed
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -25,6 +25,7 @@ from cloudfit_orchestrator.model.ui import EpochEnd
 
 NETWORK_POOL = "10.84.0.0/16"  # each local libvirt cloud gets a /24 of it
 REPLICA_PORT = 7000
+RECOVERY_IMAGE = "recovery"  # its name in the image store
 
 
 class Agent(Protocol):

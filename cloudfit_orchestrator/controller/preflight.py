@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cloudfit_orchestrator.clouds.base import Demand, Finding
 from cloudfit_orchestrator.controller.parallel import each
-from cloudfit_orchestrator.controller.ports import Context, Image
+from cloudfit_orchestrator.controller.ports import RECOVERY_IMAGE, Context, Image
 from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 
@@ -24,7 +24,7 @@ def examine(context: Context, spec: GroupSpec, images: dict[str, Image], *, prob
 
     def on_cloud(cloud: CloudSpec) -> list[OnCloud]:
         try:
-            found = list(context.sites.cloud(cloud).preflight(_demand(spec, cloud, images), probe=probe))
+            found = list(context.sites.cloud(cloud).preflight(_demand(context, spec, cloud, images), probe=probe))
         except CloudfitError as error:
             found = [Finding("cloud", "fail", error.fact, error.next_command)]
         return [OnCloud(cloud.name, f) for f in [*found, *_agent(context, cloud)]]
@@ -48,7 +48,7 @@ def check(context: Context, spec: GroupSpec, images: dict[str, Image]) -> None:
         )
 
 
-def _demand(spec: GroupSpec, cloud: CloudSpec, images: dict[str, Image]) -> Demand:
+def _demand(context: Context, spec: GroupSpec, cloud: CloudSpec, images: dict[str, Image]) -> Demand:
     here = [images[r].manifest for r in spec.replicas_on(cloud.name) if r in images]
     return Demand(
         machines=len(spec.replicas_on(cloud.name)),
@@ -57,7 +57,18 @@ def _demand(spec: GroupSpec, cloud: CloudSpec, images: dict[str, Image]) -> Dema
         state_mib=spec.sizes.state_mib,
         root_bytes=max((p.offset + p.size for m in here for p in m.parts if p.name in ("root", "verity")), default=0),
         command_line=max((m.command_line for m in here), key=len, default=""),
+        recovery_command_line=_recovery_command_line(context, cloud),
     )
+
+
+def _recovery_command_line(context: Context, cloud: CloudSpec) -> str:
+    """Empty where there is no recovery image yet: a group is made without one."""
+    if cloud.driver != "openstack":  # who alone asks for it
+        return ""
+    try:
+        return context.images.verified(RECOVERY_IMAGE, cloud.driver, allow_adversary=False).manifest.command_line
+    except CloudfitError:
+        return ""
 
 
 def _agent(context: Context, cloud: CloudSpec) -> list[Finding]:

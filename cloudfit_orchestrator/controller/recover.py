@@ -17,7 +17,7 @@ from cloudfit_orchestrator.controller.configure import Configurer
 from cloudfit_orchestrator.controller.journal import Operation
 from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in, ownership
 from cloudfit_orchestrator.controller.parallel import watch
-from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
+from cloudfit_orchestrator.controller.ports import RECOVERY_IMAGE, Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
 from cloudfit_orchestrator.controller.survey import survey
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, UnknownError
@@ -27,7 +27,6 @@ from cloudfit_orchestrator.model.spec import GroupSpec
 from cloudfit_orchestrator.recovery.budget import Condition, check_budget
 from cloudfit_orchestrator.recovery.machine import ENDS, FIRST, Circumstances, Event, Stage, next_stage
 
-RECOVERY_IMAGE = "recovery"
 EXTRACT_TIMEOUT_S = 180.0  # a disk that is not read by then is left alone: the peers have everything
 PRECOPY_TIMEOUT_S = 300.0
 
@@ -151,7 +150,7 @@ class _Recovery:
         if machine is None:
             self._stop_waiting()
             return {"event": Event.LOST.value}
-        if machine.state is MachineState.RUNNING:
+        if machine.state is MachineState.RUNNING and cloud.must_pause(machine):
             machine = cloud.pause(machine)
         taken = cloud.snapshot(machine, self._op.id)
         if machine.state is MachineState.PAUSED:

@@ -97,6 +97,7 @@ class _OpenStack(_Strict):
     region: Annotated[str, StringConstraints(max_length=255)] = ""
     availability_zone: Annotated[str, StringConstraints(max_length=255)] = ""
     volume_type: Annotated[str, StringConstraints(max_length=255)] = ""
+    state: Literal["", "volume", "instance"] = ""
     clients: Annotated[list[Annotated[str, BeforeValidator(_any_cidr)]], Field(max_length=64)] = []
     agent: _HostAgent | None = None
 
@@ -448,6 +449,7 @@ def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:
         region=o.region,
         availability_zone=o.availability_zone,
         volume_type=o.volume_type,
+        state=o.state,
         clients=tuple(o.clients),
         hypervisor=agent.hypervisor,
     )

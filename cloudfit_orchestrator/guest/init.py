@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "/etc/cloudfit"
 STATE_DISK = "/dev/vdb"
+STATE_BEHIND_ROOT = "/dev/dm-1"  # the initramfs makes it where the first disk holds a state
 STATE = "/state"
 STATE_ERROR = "/run/cloudfit/state-error"  # why an optional state disk is not mounted; the entry reports it
 DEVICE_TIMEOUT_S = 10.0  # the disk is found before the root is; a slow host is given this much more
@@ -39,7 +40,7 @@ MOUNTS = (
     ("tmpfs", "/run", "tmpfs", _SAFE, "mode=0755,size=16m"),
     ("tmpfs", "/tmp", "tmpfs", _SAFE, "mode=1777,size=64m"),  # noqa: S108 - the mount point itself
 )
-STATE_MOUNT = (STATE_DISK, STATE, "ext4", _SAFE | _MS_NOATIME, "errors=remount-ro")
+STATE_MOUNT = (STATE, "ext4", _SAFE | _MS_NOATIME, "errors=remount-ro")  # without its source
 
 
 def say(text: str) -> None:
@@ -84,10 +85,11 @@ def wait_for_device(path: str, timeout_s: float) -> bool:
 
 def mount_state(*, required: bool) -> None:
     """Mount the state disk; without one power off, or leave the reason in STATE_ERROR if it is optional."""
+    disk = STATE_BEHIND_ROOT if os.path.exists(STATE_BEHIND_ROOT) else STATE_DISK  # noqa: PTH110
     try:
-        if not wait_for_device(STATE_DISK, DEVICE_TIMEOUT_S):
-            raise FileNotFoundError(f"no disk {STATE_DISK} within {DEVICE_TIMEOUT_S:g} s")
-        mount(*STATE_MOUNT)
+        if not wait_for_device(disk, DEVICE_TIMEOUT_S):
+            raise FileNotFoundError(f"no disk {disk} within {DEVICE_TIMEOUT_S:g} s")
+        mount(disk, *STATE_MOUNT)
     except OSError as error:
         if required:
             power_off(f"state disk: {error}")

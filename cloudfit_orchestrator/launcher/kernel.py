@@ -13,7 +13,7 @@ from cloudfit_orchestrator.launcher.verity import TIMESTAMP
 from cloudfit_orchestrator.model.errors import PermanentError
 
 INIT_SCRIPT = RECIPES / "initramfs-init.sh"
-_APPLETS = ("cat", "dd", "insmod", "mount", "poweroff", "sh", "switch_root", "umount")
+_APPLETS = ("cat", "dd", "insmod", "losetup", "mount", "poweroff", "printf", "sh", "switch_root", "umount")
 _LIBRARY_DIRECTORIES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
 
 

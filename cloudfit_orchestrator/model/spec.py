@@ -15,6 +15,7 @@ class OpenStackPlace:
     region: str = ""  # empty: as clouds.yaml says
     availability_zone: str = ""
     volume_type: str = ""  # empty: the cloud's default
+    state: str = ""  # volume | instance (the machine's own disk); empty: a volume where there is Cinder
     clients: tuple[str, ...] = ()  # CIDRs from which clients come; this host is always let in
     hypervisor: str = "qemu:///system"  # libvirt URI of the compute host, as its agent names it
 

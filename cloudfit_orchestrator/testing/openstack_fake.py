@@ -18,11 +18,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-PROJECT, USER, PASSWORD, REGION = "p" * 32, "u" * 32, "the-secret-word", "Lisbon"
+from cloudfit_orchestrator.testing.openstack_objects import PROJECT, Objects, Refuse
+
+USER, PASSWORD, REGION = "u" * 32, "the-secret-word", "Lisbon"
 CIDR, GATEWAY = "127.77.0.0/24", "127.77.0.1"  # of loopback: this host has a route to it
-GROUPS = ("server_groups", "security_groups", "security_group_rules")
-KINDS = ("servers", "images", "ports", "volumes", "snapshots", *GROUPS)
-_LOOKS = 1  # how many looks pass until a change is there
 
 
 @dataclass
@@ -33,24 +32,17 @@ class Wrong:
     volume_error: bool = False  # every new volume ends in error
     error_deleting: bool = False  # no volume can be deleted
     deny: dict[str, tuple[int, str]] = field(default_factory=dict)  # "METHOD path-prefix" -> (status, message)
+    snapshot_fails: int = 0  # so many server images end without a trace
     spoil_uploads: int = 0  # so many uploads arrive with other bytes
     services: set[str] = field(default_factory=set)  # catalogue entries that are missing
 
 
-class Refuse(Exception):  # noqa: N818  an answer, not a mistake
-    """An HTTP error as an answer."""
-
-    def __init__(self, status: int, message: str, kind: str = "") -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
-
-
-class FakeOpenStack:
+class FakeOpenStack(Objects):
     """One cloud with one project. All state is in `objects`: kind -> id -> document."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.objects: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
+        super().__init__()
         self.files: dict[str, bytes] = {}
         self.calls: list[str] = []
         self.wrong = Wrong()
@@ -72,7 +64,6 @@ class FakeOpenStack:
         self.roles = ["member"]
         self.expired: set[str] = set()
         self.url = ""
-        self._made = 0
         self._addresses = (str(a) for a in list(ipaddress.IPv4Network(CIDR))[10:250])
 
     # HTTP
@@ -193,43 +184,6 @@ class FakeOpenStack:
                    "links": [{"rel": "self", "href": f"{self.url}/{service}/{place}"}]}  # fmt: skip
         return {"version": version} if service == "compute" else {"versions": [version]}
 
-    # Objects
-
-    def _new(self, kind: str, document: dict[str, Any], identity: str = "") -> dict[str, Any]:
-        identity = identity or str(uuid.uuid4())
-        self._made += 1
-        stamp = f"2026-01-01T00:{self._made // 60 % 60:02d}:{self._made % 60:02d}"
-        made = {"id": identity, "created_at": stamp, "created": stamp, "project_id": PROJECT, **document}
-        self.objects[kind][identity] = made
-        return made
-
-    def _get(self, kind: str, identity: str, code: int = 404) -> dict[str, Any]:
-        if identity not in self.objects[kind]:
-            raise Refuse(code, f"{kind} {identity} could not be found.")
-        return self.objects[kind][identity]
-
-    def _look(self, kind: str) -> None:
-        """Time passes: what was begun is nearer its end."""
-        for document in list(self.objects[kind].values()):
-            after = document.get("_then")
-            if after is None:
-                continue
-            document["_looks"] = document.get("_looks", _LOOKS) - 1
-            if document["_looks"] < 0:
-                del document["_then"], document["_looks"]
-                after(document)
-
-    @staticmethod
-    def _shown(document: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in document.items() if not k.startswith("_")}
-
-    def _listed(self, kind: str, query: dict[str, str], fields: tuple[str, ...]) -> list[dict[str, Any]]:
-        found = list(self.objects[kind].values())
-        for name in fields:
-            if name in query:
-                found = [d for d in found if str(d.get(name)) == query[name]]
-        return [self._shown(d) for d in found]
-
     # Nova
 
     def _compute(self, method: str, path: str, query: dict[str, str], body: Any, _: bytes) -> tuple[int, Any]:
@@ -264,7 +218,30 @@ class FakeOpenStack:
             server["os-extended-volumes:volumes_attached"].append({"id": volume["id"]})
             volume["status"], volume["_then"] = "attaching", lambda v: v.update(status="in-use")
             return 200, {"volumeAttachment": {"id": volume["id"]}}
+        if "createImage" in body:
+            return 202, {"image_id": self._server_image(server, body["createImage"])}
         return self._action(server, next(iter(body)))
+
+    def _server_image(self, server: dict[str, Any], wanted: dict[str, Any]) -> str:
+        """What its image says stays, but for what the caller says; the driver resets kernel and ramdisk in the end."""
+        if server["OS-EXT-STS:task_state"] or server["status"] not in ("ACTIVE", "PAUSED", "SHUTOFF"):
+            raise Refuse(409, f"Cannot 'createImage' instance while it is in {server['status']}")
+        base = {k: v for k, v in server["_properties"].items() if k not in ("id", "name", "tags", "created_at")}
+        made = self._new(
+            "images", {**base, **wanted["metadata"], "name": wanted["name"], "status": "queued", "tags": []}
+        )
+        server["OS-EXT-STS:task_state"] = "image_snapshot"
+
+        def done(s: dict[str, Any]) -> None:
+            s["OS-EXT-STS:task_state"] = None
+            if self.wrong.snapshot_fails > 0:
+                self.wrong.snapshot_fails -= 1
+                self.objects["images"].pop(made["id"], None)
+            elif made["id"] in self.objects["images"]:
+                made.update(status="active", **{k: base[k] for k in ("kernel_id", "ramdisk_id")})
+
+        server["_then"] = done
+        return str(made["id"])
 
     def _boot(self, body: Any) -> dict[str, Any]:
         wanted = body["server"]
@@ -286,7 +263,8 @@ class FakeOpenStack:
             {
                 "name": wanted["name"], "status": "BUILD", "OS-EXT-STS:task_state": "spawning",
                 "OS-SRV-USG:launched_at": None, "metadata": wanted["metadata"], "tags": wanted["tags"],
-                "image": {"id": image["id"]}, "hostId": "h1", "_ports": [p["id"] for p in ports],
+                "image": {"id": image["id"]}, "_properties": dict(image), "hostId": "h1",
+                "_ports": [p["id"] for p in ports],
                 "os-extended-volumes:volumes_attached": [{"id": v["id"]} for v in volumes], "_then": self._booted,
             },
         )  # fmt: skip
@@ -353,7 +331,7 @@ class FakeOpenStack:
     def _image(self, method: str, path: str, query: dict[str, str], body: Any, raw: bytes) -> tuple[int, Any]:
         parts = path.strip("/").split("/")
         if method == "GET" and path == "/images":
-            found = self._listed("images", query, ("name", "owner"))
+            found = self._listed("images", query, tuple(k for k in query if k not in ("tag", "limit")))
             return 200, {"images": [i for i in found if "tag" not in query or query["tag"] in i["tags"]]}
         if method == "POST":
             if body["id"] in self.objects["images"] or body["id"] in self.files:
@@ -366,6 +344,9 @@ class FakeOpenStack:
             del self.objects["images"][parts[1]]
             self.files.setdefault(parts[1], b"")  # Glance gives no id twice
             return 204, None
+        if method == "PATCH":
+            image.update({change["path"].removeprefix("/"): change["value"] for change in body})
+            return 200, self._shown(image)
         if image["status"] != "queued":
             raise Refuse(409, f"Image status transition from {image['status']} to saving is not allowed")
         if self.wrong.spoil_uploads > 0:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -19,6 +19,7 @@ from xml.etree import ElementTree as ET  # the XML comes from the host's libvirt
 from cloudfit_orchestrator.model.channel import PORT_NAME
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, PermanentError, TemporaryError, UnknownError
 from cloudfit_orchestrator.model.image import Manifest, Part
+from cloudfit_orchestrator.model.one_disk import Carried, carried
 
 CHUNK_BYTES = 4 << 20
 NO_IMAGE = "sha256:" + "0" * 64  # of a process that was admitted without a manifest
@@ -154,12 +155,22 @@ def check_boot(domain: ET.Element, manifest: Manifest) -> None:
             f"command line of the domain is {command_line!r:.300}, the manifest says {manifest.command_line!r:.300}"
         )
     root = _nova_root(domain) if is_nova(domain) else _root_disk(domain)
-    for name, path in (("kernel", domain.findtext("os/kernel")), ("initramfs", domain.findtext("os/initrd"))):
-        if not path:
-            raise BadError(f"{name}: the domain boots none directly")
-        _check_part(manifest.part(name), path, whole=True)
+    initramfs = _boot_file(domain, "initramfs", "initrd")
+    _check_part(manifest.part("kernel"), _boot_file(domain, "kernel", "kernel"), whole=True)
+    layout = carried(manifest)
+    if is_nova(domain) and _size(initramfs) == layout.size:  # then nothing of the disk runs, whatever it holds
+        _check_carried(manifest, initramfs, layout)
+        return
+    _check_part(manifest.part("initramfs"), initramfs, whole=True)
     for name in ("root", "verity"):
         _check_part(manifest.part(name), root, whole=False)  # beyond them dm-verity reads nothing
+
+
+def _boot_file(domain: ET.Element, part: str, tag: str) -> str:
+    path = domain.findtext(f"os/{tag}")
+    if not path:
+        raise BadError(f"{part}: the domain boots none directly")
+    return path
 
 
 def canonical_digest(domain: ET.Element) -> str:
@@ -268,6 +279,33 @@ def channel_of(domain: ET.Element) -> str | None:
 def _attribute(element: ET.Element, child: str, name: str) -> str | None:
     found = element.find(child)
     return None if found is None else found.get(name)
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise UnknownError(f"initramfs: cannot read {path}: {error.strerror}") from error
+
+
+def _check_carried(manifest: Manifest, path: str, layout: Carried) -> None:
+    """Every byte of an initramfs that carries the root: the parts, and what the manifest says stands between them."""
+    for name, offset in (
+        ("root", layout.root_offset),
+        ("verity", layout.root_offset),
+        ("initramfs", layout.initramfs_offset),
+    ):
+        part = manifest.part(name)
+        _check_part(replace(part, offset=offset + part.offset), path, whole=False)
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(len(layout.head))
+            file.seek(layout.root_offset + layout.root_size)
+            tail = file.read(len(layout.tail))
+    except OSError as error:
+        raise UnknownError(f"initramfs: cannot read {path}: {error.strerror}") from error
+    if (head, tail) != (layout.head, layout.tail):
+        raise BadError(f"initramfs: {path} has other bytes about the root than an archive of it has")
 
 
 def _check_part(part: Part, path: str, *, whole: bool) -> None:

@@ -9,6 +9,7 @@ from cloudfit_orchestrator.clouds.base import MachineSpec, NetworkSpec, Ownershi
 from cloudfit_orchestrator.clouds.openstack import OpenStackCloud
 from cloudfit_orchestrator.clouds.openstack_api import Api
 from cloudfit_orchestrator.model.image import Manifest, Part, Role
+from cloudfit_orchestrator.model.one_disk import STATE_ARGUMENT
 from cloudfit_orchestrator.model.signing import sha256
 from cloudfit_orchestrator.model.spec import OpenStackPlace
 from cloudfit_orchestrator.testing.openstack_fake import GATEWAY, FakeOpenStack
@@ -42,13 +43,14 @@ def owner(replica="r1", incarnation=1, operation="op1", role=Role.REPLICA, group
     return Ownership(deployment, group, replica, incarnation, role, operation)
 
 
-def manifest(directory, name="replica"):
+def manifest(directory, name="replica", role=Role.REPLICA):
     parts = []
     for kind, file in (("kernel", "vmlinuz"), ("initramfs", "initramfs"), ("root", "root.img")):
         content = f"{name} {kind}".encode() * 100
         (directory / file).write_bytes(content)
         parts.append(Part(kind, file, 0, len(content), sha256(content).hex()))
-    return Manifest(name, Role.REPLICA, False, "console=ttyS0 quiet", "ff", tuple(parts), (), "debian")  # noqa: FBT003
+    line = f"console=ttyS0 quiet {STATE_ARGUMENT}"
+    return Manifest(name, role, False, line, "ff", tuple(parts), (), "debian")  # noqa: FBT003
 
 
 def machine_spec(directory, cloud=None, who=None, *, disk=True, **changes):

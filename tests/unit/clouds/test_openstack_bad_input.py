@@ -9,7 +9,8 @@ from cloudfit_orchestrator.clouds.base import DiskSnapshot, MachineState, Orphan
 from cloudfit_orchestrator.clouds.openstack import OpenStackCloud
 from cloudfit_orchestrator.clouds.openstack_api import Api
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, PermanentError, RefusedError, TemporaryError
-from cloudfit_orchestrator.testing.openstack_fake import PASSWORD, PROJECT, FakeOpenStack
+from cloudfit_orchestrator.testing.openstack_fake import PASSWORD, FakeOpenStack
+from cloudfit_orchestrator.testing.openstack_objects import PROJECT
 from tests.unit.clouds.openstack_places import PLACE, driving, machine_spec, manifest, owner, quick, write_clouds
 
 
@@ -134,7 +135,7 @@ def test_a_flavor_too_small_for_the_image(tmp_path, fake, cloud):
     root = big.part("root")
     larger = type(root)("verity", root.file, 2 << 30, 4096, root.sha256)
     big = type(big)(**{f: getattr(big, f) for f in big.__slots__} | {"parts": (*big.parts, larger)})
-    with pytest.raises(PermanentError, match="a disk of 1 GiB, the image has 3"):
+    with pytest.raises(PermanentError, match="a disk of 1 GiB, the machine wants 3"):
         cloud.create(machine_spec(tmp_path, cloud, manifest=big))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,25 @@ def whole_life(cloud, fake, directory):
     cloud.delete_network("dep", "replicas")
 
 
+def whole_life_without_cinder(cloud, directory):
+    old = cloud.create(machine_spec(directory, cloud))
+    taken = cloud.snapshot(old, "rec")
+    who = owner(incarnation=2, operation="rec")
+    reader = cloud.create(machine_spec(directory, cloud, who, disk=False, attach=taken))
+    for machine in (reader, old):
+        cloud.destroy(machine)
+    cloud.delete_snapshot(taken)
+    cloud.sweep("dep", cloud.orphans("dep", []))
+    cloud.delete_network("dep", "replicas")
+
+
 def test_the_table_of_calls(fake, tmp_path):
     with Proxy(f"{fake.url}/identity/v3").serving() as proxy:
-        place = type(PLACE)(**{f: getattr(PLACE, f) for f in PLACE.__slots__} | {"availability_zone": "nova"})
-        with driving(tmp_path, fake, place, url=proxy.keystone.removesuffix("/identity/v3")) as cloud:
+        url = proxy.keystone.removesuffix("/identity/v3")
+        with driving(tmp_path, fake, replace(PLACE, availability_zone="nova"), url=url) as cloud:
             whole_life(cloud, fake, tmp_path)
+        with driving(tmp_path, fake, replace(PLACE, state="instance"), url=url) as cloud:
+            whole_life_without_cinder(cloud, tmp_path)
     made = set()
     for call in proxy.calls:
         service, _, path = call.path.lstrip("/").partition("/")

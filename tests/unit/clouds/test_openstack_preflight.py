@@ -50,7 +50,7 @@ def test_everything_is_said_at_once(tmp_path, fake):
         "compute version: 2.60, 2.64 is needed",
         "flavor: 128 MiB of memory, the spec wants 384",
         "flavor: an ephemeral or swap disk",
-        "flavor: a disk of 1 GiB, the image has 2",
+        "flavor: a disk of 1 GiB, the machine wants 2",
         "zone: no zone 'moon' that is up; there are nova",
         "network: port security is off",
         "image formats: the kernel's command line has 300 characters",
@@ -81,7 +81,7 @@ def test_clocks_that_differ(tmp_path, fake, seconds, verdict):
 def test_no_cinder_and_no_role(tmp_path, fake):
     fake.wrong.services = {"volumev3"}
     fake.roles = ["reader"]
-    with driving(tmp_path, fake) as cloud:
+    with driving(tmp_path, fake, place(state="volume")) as cloud:
         found = cloud.preflight(DEMAND)
     assert ("service volume", "not in the catalogue of this region") in faults(found)
     assert next(f for f in found if f.name == "credentials").verdict == "warn"

@@ -168,6 +168,28 @@ def test_apply_recover_destroy(bench, fake):
     assert sweep(bench.process())[0].orphans == ()
 
 
+def test_apply_recover_destroy_without_cinder(bench, fake):
+    """The same steps; evidence is a server image, and the old machine is never paused."""
+    fake.wrong.services = {"volumev3"}
+    apply(bench.process(), spec(SPEC))
+    renewed = recover(bench.process(), "ledger", "r0")
+    assert renewed.outcome == "done"
+    assert None not in (renewed.replica_outage_s, renewed.group_outage_s)
+    kept = [i for i in fake.objects["images"].values() if i.get("cloudfit_kind") == "snapshot"]
+    assert [(i["cloudfit_replica"], i["status"]) for i in kept] == [("r0", "active")]
+    assert len(fake.objects["servers"]) == 2
+    context = bench.process()
+    assert [f.orphans for f in orphans(context)] == [()] * 3
+    again = recover(bench.process(), "ledger", "r0")
+    assert again.outcome == "done"
+    now = [i["id"] for i in fake.objects["images"].values() if i.get("cloudfit_kind") == "snapshot"]
+    assert len(now) == 1, "as many as keep_evidence says"
+    assert now != [kept[0]["id"]]
+    destroy(bench.process(), "ledger")
+    assert not any(fake.objects.values())
+    assert not [c for c in fake.calls if " volume:" in c or "pause" in c]
+
+
 def test_a_failed_creation_is_gone_on_with_once_it_is_mended(bench, fake):
     fake.wrong.server_fault = "No valid host was found."
     with pytest.raises(PermanentError, match="No valid host was found"):

@@ -62,3 +62,17 @@ def test_an_optional_state_disk_leaves_its_reason(monkeypatch, tmp_path, capfd):
     with pytest.raises(SystemExit):
         init.mount_state(required=True)
     assert "powering off" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("behind_root", [True, False])
+def test_the_state_behind_the_root_is_taken_where_the_initramfs_found_one(monkeypatch, tmp_path, behind_root):
+    mounted = []
+    one, two = tmp_path / "dm-1", tmp_path / "vdb"
+    two.touch()
+    if behind_root:
+        one.touch()
+    monkeypatch.setattr(init, "STATE_BEHIND_ROOT", str(one))
+    monkeypatch.setattr(init, "STATE_DISK", str(two))
+    monkeypatch.setattr(init, "mount", lambda *how: mounted.append(how[:3]))
+    init.mount_state(required=True)
+    assert mounted == [(str(one if behind_root else two), "/state", "ext4")]

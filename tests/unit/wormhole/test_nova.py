@@ -8,8 +8,9 @@ import pytest
 
 from cloudfit_orchestrator.model.channel import PORT_NAME
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, PermanentError
+from cloudfit_orchestrator.model.one_disk import carried
 from cloudfit_orchestrator.wormhole import nova
-from cloudfit_orchestrator.wormhole.measure import check_local
+from cloudfit_orchestrator.wormhole.measure import check_local, measure_domain
 from tests.unit.wormhole.test_measure import UUID, image, xml  # noqa: F401  a fixture
 
 URI = "qemu:///system"
@@ -138,6 +139,55 @@ def test_a_flipped_byte_is_refused(host, tmp_path, image, part):  # noqa: F811
     with pytest.raises(BadError, match="has SHA-256"):
         nova.measure_attached(URI, UUID, image)
     assert host.attached == 0
+
+
+def carry(folder, manifest):
+    """Let the initramfs carry the root, and another's disk stand below the server; where its parts begin."""
+    layout = carried(manifest)
+    root, own = (folder / "root.img").read_bytes(), (folder / "initramfs").read_bytes()
+    (folder / "initramfs").write_bytes(layout.head + root + layout.tail + own)
+    (folder / "root.img").write_bytes(b"whatever another machine left")
+    return {
+        "head": 20,
+        "root": layout.root_offset,
+        "verity": layout.root_offset + 8192,
+        "tail": layout.root_offset + layout.root_size,
+        "initramfs": layout.initramfs_offset,
+        "end": layout.size,
+    }
+
+
+def test_a_root_in_the_initramfs_is_measured_there_and_the_disk_is_data(host, tmp_path, image):  # noqa: F811
+    carry(tmp_path, image)
+    assert nova.measure_attached(URI, UUID, image).nova
+    assert host.attached == 1
+
+
+@pytest.mark.parametrize("where", ["head", "root", "verity", "tail", "initramfs"])
+def test_every_byte_of_an_initramfs_that_carries_the_root_counts(host, tmp_path, image, where):  # noqa: F811
+    begins = carry(tmp_path, image)
+    data = bytearray((tmp_path / "initramfs").read_bytes())
+    data[begins[where]] ^= 1
+    (tmp_path / "initramfs").write_bytes(data)
+    named = "initramfs: .*about the root" if where in ("head", "tail") else f"{where}: .*SHA-256"
+    with pytest.raises(BadError, match=f"^{named}"):
+        nova.measure_attached(URI, UUID, image)
+    assert host.attached == 0
+
+
+@pytest.mark.parametrize("change", [lambda data: data + bytes(512), lambda data: data[:-1]])
+def test_an_initramfs_of_another_size_carries_nothing(host, tmp_path, image, change):  # noqa: F811
+    carry(tmp_path, image)
+    data = (tmp_path / "initramfs").read_bytes()
+    (tmp_path / "initramfs").write_bytes(change(data))
+    with pytest.raises(BadError, match=r"^initramfs: .* bytes"):
+        nova.measure_attached(URI, UUID, image)
+
+
+def test_a_domain_that_nova_did_not_make_has_its_root_on_its_disk(tmp_path, image):  # noqa: F811
+    carry(tmp_path, image)
+    with pytest.raises(BadError, match=r"^initramfs: .* bytes"):
+        measure_domain(ET.fromstring(xml(tmp_path)), image)
 
 
 def test_without_a_virtio_serial_controller_the_error_names_the_property(host, tmp_path, image):  # noqa: F811
