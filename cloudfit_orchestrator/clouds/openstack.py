@@ -175,8 +175,9 @@ class OpenStackCloud(Cloud):
         owner = spec.owner
         cinder = spec.attach.format == VOLUME_SNAPSHOT if spec.attach else self._cinder()
         flavor = self.flavor(spec, single=spec.state_disk is not None and not cinder)
+        image = self.images.ensure_boot(spec) if cinder else self._one_disk(spec)
         port = None if spec.network is None else self.network.take(owner, spec.network.address)
-        image, volume = self._disks(spec) if cinder else (self._one_disk(spec), None)
+        volume = self._volume(spec) if cinder else None
         group = self.servers.ensure_group(owner.deployment, owner.group)
         return Boot(
             image=image,
@@ -188,16 +189,14 @@ class OpenStackCloud(Cloud):
             state=VOLUME if cinder else INSTANCE,
         )
 
-    def _disks(self, spec: MachineSpec) -> tuple[str, str | None]:
-        """Root image and volume."""
-        owner, image = spec.owner, self.images.ensure_boot(spec)
+    def _volume(self, spec: MachineSpec) -> str | None:
+        """The machine's second disk."""
+        owner = spec.owner
         if spec.state_disk is not None:
             size_mib = spec.state_disk.size_mib
             empty = self.images.ensure_state(owner.deployment, max(1, -(-size_mib // 1024)))
-            return image, str(self.volumes.ensure_state(owner, size_mib, empty)["id"])
-        if spec.attach is not None:
-            return image, str(self.volumes.ensure_overlay(owner, spec.attach)["id"])
-        return image, None
+            return str(self.volumes.ensure_state(owner, size_mib, empty)["id"])
+        return None if spec.attach is None else str(self.volumes.ensure_overlay(owner, spec.attach)["id"])
 
     def _one_disk(self, spec: MachineSpec) -> str:
         """The image of a machine's only disk."""
