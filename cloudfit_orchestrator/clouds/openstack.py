@@ -47,7 +47,7 @@ from cloudfit_orchestrator.clouds.openstack_tags import (
 )
 from cloudfit_orchestrator.clouds.openstack_volumes import FORMAT as VOLUME_SNAPSHOT
 from cloudfit_orchestrator.clouds.openstack_volumes import OVERLAY, STATE, Volumes
-from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, RefusedError
+from cloudfit_orchestrator.model.errors import CloudfitError, LockedOutError, PermanentError, RefusedError
 from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.one_disk import single_disk_mib
 from cloudfit_orchestrator.model.spec import OpenStackPlace
@@ -155,6 +155,8 @@ class OpenStackCloud(Cloud):
 
             try:
                 server = self.servers.create(owner, spec.fingerprint, boot)
+            except LockedOutError:
+                raise  # nothing can be undone; what there is will be found
             except PermanentError:
                 if asked:  # else there is one, or a stranger's: not ours to undo
                     self._undo(owner)

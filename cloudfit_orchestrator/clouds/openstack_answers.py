@@ -21,8 +21,6 @@ def advice(status: int, kind: str, path: str) -> str:
         return "openstack quota show; ask the operator of the cloud for more, or destroy a group"
     if status == 403:
         return "openstack role assignment list --names, openstack quota show: a role or a quota is missing"
-    if status == 401:
-        return "openstack token issue"
     if kind.startswith("IpAddressInUse"):
         return "openstack port list"
     return f"see what the cloud says; the call was {path.partition('?')[0]}"

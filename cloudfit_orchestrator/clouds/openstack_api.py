@@ -32,7 +32,13 @@ from cloudfit_orchestrator.clouds.openstack_answers import (
     said_in,
 )
 from cloudfit_orchestrator.clouds.shared_calls import SharedCalls
-from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError, PermanentError, TemporaryError
+from cloudfit_orchestrator.model.errors import (
+    BadInputError,
+    CloudfitError,
+    LockedOutError,
+    PermanentError,
+    TemporaryError,
+)
 
 MAX_CONNECTIONS = 4  # a cloud and process: replicas of one group on one cloud are few, and APIs limit rates
 CONNECT_TIMEOUT_S = 10.0
@@ -165,6 +171,11 @@ class Api:
             taken = taken or self._open()
             self._mine.connection = taken
             yield taken
+        except (keystoneauth1.exceptions.Unauthorized, LockedOutError):
+            if taken is not None:
+                taken.close()
+                taken = None  # the next one reads clouds.yaml anew
+            raise
         finally:
             self._mine.connection = None
             self._idle.put(taken)
@@ -369,6 +380,8 @@ class Api:
             raise UnclearError(fact)
         if status == 409 and kind not in FINAL_CONFLICTS:
             raise BusyError(fact)
+        if status == 401:  # with a token that openstacksdk has just renewed
+            raise LockedOutError(fact, next_command=self._new_credentials())
         raise RejectedError(fact, status=status, kind=kind, next_command=advice(status, kind, path))
 
     def _document(self, response: requests.Response, tried: str) -> dict[str, Any]:
@@ -389,9 +402,8 @@ class Api:
         what, where = keystoneauth1.exceptions, f"{tried}: cloud {self.name}"
         doctor = "cloudfit doctor"
         if isinstance(error, what.Unauthorized):
-            return PermanentError(
-                f"{where}: Keystone refuses the credentials of clouds.yaml",
-                next_command=f"openstack --os-cloud {self.cloud} token issue; a new application credential if it fails",
+            return LockedOutError(
+                f"{where}: Keystone refuses the credentials of clouds.yaml", next_command=self._new_credentials()
             )
         if isinstance(error, what.SSLError):
             return PermanentError(
@@ -415,6 +427,12 @@ class Api:
             return LimitedError(f"{where}: Keystone: {said_in(str(error))}")
         # No connection, a service in trouble, a discovery document that is none.
         return UnclearError(f"{where}: {said_in(str(error))}", next_command=doctor)
+
+    def _new_credentials(self) -> str:
+        return (
+            f"openstack --os-cloud {self.cloud} token issue; if it fails, put a new application credential into "
+            "clouds.yaml; then the same command again goes on where it stopped"
+        )
 
     # Waiting
 

@@ -21,7 +21,7 @@ from cloudfit_orchestrator.clouds.openstack_network import Network
 from cloudfit_orchestrator.clouds.openstack_servers import Servers
 from cloudfit_orchestrator.clouds.openstack_tags import INSTANCE, VOLUME, Reservation
 from cloudfit_orchestrator.clouds.openstack_volumes import gib
-from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError
+from cloudfit_orchestrator.model.errors import CloudfitError, LockedOutError, PermanentError
 from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.one_disk import STATE_ARGUMENT, STATE_OFFSET_MIB, single_disk_mib
 from cloudfit_orchestrator.model.spec import OpenStackPlace
@@ -82,9 +82,18 @@ class Preflight:
 
     def run(self, demand: Demand, *, probe: bool = False) -> list[Finding]:
         """All findings; those that need no connection or no catalogue first."""
-        found = [self._credentials()]
+        found: list[Finding] = []
+        try:
+            self._look(found, demand, probe=probe)
+        except LockedOutError as error:  # it would be said of everything
+            found.append(Finding("credentials", "fail", error.fact, error.next_command))
+        return found
+
+    def _look(self, found: list[Finding], demand: Demand, *, probe: bool) -> None:
+        """Adds to `found` as it goes."""
+        found.append(self._credentials())
         if found[0].verdict == "fail":
-            return found
+            return
         found += [*self._services(), *_guarded("state", lambda: self._state(demand))]
         checks: list[tuple[str, Callable[[], list[Finding]]]] = [
             ("clock", self._clock_skew),
@@ -103,7 +112,6 @@ class Preflight:
             checks.append(("allowed calls", self._probe))
         for name, check in checks:
             found += _guarded(name, check)
-        return found
 
     def _credentials(self) -> Finding:
         def look() -> list[Finding]:
@@ -363,5 +371,7 @@ class Preflight:
 def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
+    except LockedOutError:
+        raise
     except CloudfitError as error:
         return [Finding(name, "fail", error.fact, error.next_command)]

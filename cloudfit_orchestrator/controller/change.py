@@ -31,7 +31,7 @@ from cloudfit_orchestrator.controller.parallel import each, watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
 from cloudfit_orchestrator.controller.survey import survey
-from cloudfit_orchestrator.model.errors import CloudfitError, RefusedError, TemporaryError, UnknownError
+from cloudfit_orchestrator.model.errors import CloudfitError, LockedOutError, RefusedError, UnknownError
 from cloudfit_orchestrator.model.record import ConfigRecord, Member, open_record
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 from cloudfit_orchestrator.recovery.budget import Condition
@@ -308,7 +308,7 @@ class _Change:
             try:
                 clear(self._x, self._op.group, cloud)  # evidence of old incarnations
                 leave(self._x, self._op.group, [cloud])
-            except (UnknownError, TemporaryError) as error:
+            except (UnknownError, LockedOutError) as error:
                 self._give_up(cloud, error)
         return [name for names in left.values() for name in names]
 
@@ -320,7 +320,7 @@ class _Change:
                 machine = driver.find(ownership(self._x, row))
                 if machine is not None:
                     driver.destroy(machine)
-            except (UnknownError, TemporaryError) as error:
+            except (UnknownError, LockedOutError) as error:
                 self._give_up(cloud, error)
                 return [r.peer_id for r in rows[i:]]
             self._x.journal.machine_gone(row)

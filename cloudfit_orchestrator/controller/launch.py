@@ -23,7 +23,7 @@ from cloudfit_orchestrator.controller.ports import (
     Progress,
 )
 from cloudfit_orchestrator.model.envelope import key_id
-from cloudfit_orchestrator.model.errors import BadError, PermanentError, UnknownError
+from cloudfit_orchestrator.model.errors import BadError, LockedOutError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.image import LaunchCertificate, Role, open_launch
 from cloudfit_orchestrator.model.signing import sha256
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
@@ -157,7 +157,7 @@ def let_in(context: Context, spec: GroupSpec) -> None:
     def tell(cloud: CloudSpec) -> None:
         try:
             context.sites.cloud(cloud).admit(context.journal.deployment, spec.group, hosts, REPLICA_PORT)
-        except UnknownError as error:
+        except (UnknownError, LockedOutError) as error:
             context.report(Progress("network", "admit", f"{spec.group}/{cloud.name}", error.fact))
 
     each(context, used, tell)

@@ -20,7 +20,7 @@ from cloudfit_orchestrator.controller.parallel import watch
 from cloudfit_orchestrator.controller.ports import RECOVERY_IMAGE, Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
 from cloudfit_orchestrator.controller.survey import survey
-from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, UnknownError
+from cloudfit_orchestrator.model.errors import LockedOutError, PermanentError, RefusedError, UnknownError
 from cloudfit_orchestrator.model.orders import Retire, seal_retire
 from cloudfit_orchestrator.model.record import ConfigRecord, Member
 from cloudfit_orchestrator.model.spec import GroupSpec
@@ -211,7 +211,10 @@ class _Recovery:
         # One that is only due goes on answering questions until it is replaced: it and the faulty ones may be all who
         # hold a batch that S names. Of one that is suspected nothing is expected.
         if machine.state is MachineState.RUNNING and self._circumstances.suspected:
-            self._x.sites.cloud(self._cloud).pause(machine)
+            try:
+                self._x.sites.cloud(self._cloud).pause(machine)
+            except LockedOutError as error:  # frozen it is, and that is what counts
+                self._say("freeze", error.fact)
         return {}
 
     def _have_quorum(self) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def survey(context: Context, spec: GroupSpec, record: ConfigRecord) -> dict[str,
     conditions = {}
     for member in record.members:
         s = seen.get((member.replica, member.incarnation))
-        serving = s is not None and (s.machine, s.reachable) == ("running", "yes")
+        # A cloud that cannot be asked says nothing of a machine that its agent sees at work.
+        serving = s is not None and s.machine in ("running", "unknown") and s.reachable == "yes"
         conditions[member.replica] = Condition.SERVING if serving else Condition.LOST
         if s is not None and s.verified == "bad":
             conditions[member.replica] = Condition.SUSPECTED

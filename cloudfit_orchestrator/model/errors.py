@@ -42,5 +42,9 @@ class PermanentError(CloudfitError):
     """Will fail again until somebody changes something; `next_command` says what."""
 
 
+class LockedOutError(PermanentError):
+    """A cloud does not take our credentials. What can do without it goes on, as if it did not answer."""
+
+
 class RefusedError(CloudfitError):
     """A rule forbids it: fault budget, ownership, protection, epoch closed. Trying again does not help."""

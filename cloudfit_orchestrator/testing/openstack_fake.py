@@ -34,6 +34,7 @@ class Wrong:
     deny: dict[str, tuple[int, str]] = field(default_factory=dict)  # "METHOD path-prefix" -> (status, message)
     snapshot_fails: int = 0  # so many server images end without a trace
     spoil_uploads: int = 0  # so many uploads arrive with other bytes
+    revoked_after: int | None = None  # so many calls are still answered, then no credentials are good
     services: set[str] = field(default_factory=set)  # catalogue entries that are missing
 
 
@@ -143,7 +144,10 @@ class FakeOpenStack(Objects):
                 return refused.status, {"NeutronError" if service == "network" else "error": inner}, {}
 
     def _check(self, method: str, where: str, headers: dict[str, str]) -> None:
-        if headers.get("X-Auth-Token", "") in {"", *self.expired}:
+        left = self.wrong.revoked_after
+        if left is not None:
+            self.wrong.revoked_after = max(0, left - 1)
+        if left == 0 or headers.get("X-Auth-Token", "") in {"", *self.expired}:
             raise Refuse(401, "The request you have made requires authentication.")
         self.calls.append(f"{method} {where}")
         for prefix, (status, message) in self.wrong.deny.items():
@@ -155,7 +159,7 @@ class FakeOpenStack(Objects):
             return 200, {"version": {"id": "v3.14", "status": "stable",
                                      "links": [{"rel": "self", "href": f"{self.url}/identity/v3"}]}}, {}  # fmt: skip
         password = json.loads(body)["auth"]["identity"]["password"]["user"]["password"]
-        if password != PASSWORD:
+        if password != PASSWORD or self.wrong.revoked_after == 0:
             raise Refuse(401, "The request you have made requires authentication.")
         token = uuid.uuid4().hex
         places = {"compute": "compute/v2.1", "image": "image", "network": "network",
