@@ -31,9 +31,11 @@ IFS=, read -r blocks start root salt <<END
 $verity
 END
 [ -n "$salt" ] || fail "the command line has no cloudfit.verity=BLOCKS,START,ROOT,SALT"
-[ -b /dev/vda ] || fail "no disk /dev/vda"
+disk=/dev/vda
+[ -b /dev/vda2 ] && disk=/dev/vda2 # behind the partition that UEFI booted from
+[ -b $disk ] || fail "no disk /dev/vda"
 
-table="0 $((blocks * 8)) verity 1 /dev/vda /dev/vda 4096 4096 $blocks $start sha256 $root $salt 1 panic_on_corruption"
+table="0 $((blocks * 8)) verity 1 $disk $disk 4096 4096 $blocks $start sha256 $root $salt 1 panic_on_corruption"
 dmsetup create root --readonly --noudevsync --noudevrules --table "$table" || fail "dm-verity refuses the root"
 mount -t erofs -o ro /dev/dm-0 /root || fail "cannot mount the root"
 umount /dev /sys /proc
