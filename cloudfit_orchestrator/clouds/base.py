@@ -217,6 +217,7 @@ class Demand:
     state_mib: int
     root_bytes: int = 0  # of the largest root image, with its hash tree; 0 if not known yet
     command_line: str = ""
+    no_disk: tuple[str, ...] = ()  # names of images that UEFI cannot boot
 
 
 @dataclass(frozen=True, slots=True)

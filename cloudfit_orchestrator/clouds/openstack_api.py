@@ -43,6 +43,7 @@ SERVICES = {"compute": "compute", "image": "image", "network": "network", "volum
 _VERSIONS = {"compute": COMPUTE_VERSION, "volume": VOLUME_VERSION}
 _ALIASES = {"volume": ("volumev3", "block-storage", "volume")}
 _JSON = "application/json"
+_HEADERS = {"PATCH": {"Content-Type": "application/openstack-images-v2.1-json-patch"}}  # only Glance is asked for one
 _T = TypeVar("_T")
 
 
@@ -266,6 +267,10 @@ class Api:
         """Set it so; None if it is gone."""
         return self.request(service, "PUT", path, tried, body=body)
 
+    def patch(self, path: str, changes: Sequence[Mapping[str, Any]], tried: str) -> dict[str, Any] | None:
+        """Change an image (RFC 6902); None if it is gone."""
+        return self.request("image", "PATCH", path, tried, body=changes)
+
     def delete(self, service: str, path: str, tried: str) -> bool:
         """Ask for the end of it; False if it is gone already."""
         return self.request(service, "DELETE", path, tried) is not None
@@ -282,7 +287,7 @@ class Api:
         path: str,
         tried: str,
         *,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | Sequence[Any] | None = None,
         data: BinaryIO | None = None,
         params: Mapping[str, str] | None = None,
     ) -> dict[str, Any] | None:
@@ -316,11 +321,11 @@ class Api:
         path: str,
         tried: str,
         *,
-        body: Mapping[str, Any] | None,
+        body: Mapping[str, Any] | Sequence[Any] | None,
         data: BinaryIO | None,
         params: Mapping[str, str] | None,
     ) -> dict[str, Any] | None:
-        keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON}}
+        keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON, **_HEADERS.get(method, {})}}
         if service in _VERSIONS:
             keywords["microversion"] = _VERSIONS[service]
         if body is not None:

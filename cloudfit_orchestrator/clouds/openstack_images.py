@@ -1,24 +1,28 @@
 """Our images in Glance: uploaded once a cloud, deployment and content, compared with the manifest, collected by tags.
 
 A machine's image is three of Glance's: kernel and initramfs, and the root (erofs and hash tree in one raw disk) that
-names both and carries the kernel's command line. A fourth kind is an empty ext4 from which Cinder makes state disks,
-because a guest of ours has no tool to make a file system.
+names both and carries the kernel's command line. Where a cloud boots by UEFI only it is one, a disk of the same root.
+The last kind is an empty ext4 from which Cinder makes state disks, because a guest of ours has no tool to make a file
+system.
 """
 
 import contextlib
 import hashlib
+import tempfile
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cloudfit_orchestrator.clouds import image_signature
 from cloudfit_orchestrator.clouds.base import MachineSpec
 from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError, UnclearError
 from cloudfit_orchestrator.clouds.openstack_tags import KIND, PREFIX, deployment_tag, fresh_id
-from cloudfit_orchestrator.clouds.state_disk import packed_state_disk
+from cloudfit_orchestrator.clouds.state_disk import packed_state_disk, reporting
 from cloudfit_orchestrator.model.errors import BadError, PermanentError, RefusedError, TemporaryError
 from cloudfit_orchestrator.model.image import Manifest
+from cloudfit_orchestrator.model.spec import OpenStackPlace
 
 UPLOAD_TIMEOUT_S = 900.0  # of one image of some 30 MB: a slow uplink of 1 Mbit/s takes four minutes
 STALE_UPLOAD_S = 300.0  # an upload that others began and that shows no end: theirs died
@@ -35,7 +39,10 @@ HARDWARE = {
     "hw_rng_model": "virtio",
     "os_shutdown_timeout": "0",
 }
-_FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", STATE: "qcow2"}
+# OVMF comes with Nova's q35; its variables and the boot order are Nova's own.
+UEFI_HARDWARE = {**HARDWARE, "hw_firmware_type": "uefi", "hw_machine_type": "q35"}
+_FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", "disk": "raw", STATE: "qcow2"}
+_BOOTED = ("root", "disk")  # kinds that a server names
 _CHUNK = 4 << 20
 
 
@@ -50,34 +57,49 @@ class _Wanted:
     properties: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_command_line(manifest: Manifest) -> None:
-    """Raises PermanentError if Nova would cut the command line."""
-    if len(manifest.command_line) > MAX_COMMAND_LINE:
+def check_bootable(manifest: Manifest, boot: str) -> None:
+    """Raises PermanentError if the image cannot boot so: by UEFI without a disk, or Nova would cut the command line."""
+    if boot == "uefi" and not manifest.disk:
+        raise PermanentError(
+            f"image {manifest.name} has no disk that UEFI boots",
+            next_command=f"cloudfit image build {manifest.name}, with [uefi] in its base recipe",
+        )
+    if boot == "kernel" and len(manifest.command_line) > MAX_COMMAND_LINE:
         raise PermanentError(
             f"image {manifest.name}: a command line of {len(manifest.command_line)} characters, Nova keeps "
             f"{MAX_COMMAND_LINE}",
-            next_command="shorten command_line in the image's recipe",
+            next_command="shorten command_line in the image's recipe, or boot: uefi in the spec",
         )
 
 
 class Images:
     """The images of one deployment in one project."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, place: OpenStackPlace, keys: Path) -> None:
+        """`keys`: the directory of the key that `place` names."""
         self._api = api
+        self._place = place
+        self._keys = keys
         self._lock = threading.Lock()  # uploads of one process one after the other: each finds what the one before made
         self._good: set[tuple[str, str]] = set()  # (id, digest) whose bytes were compared in this process
 
     def of_deployment(self, deployment: str) -> list[dict[str, Any]]:
         """All of ours, whatever their state."""
-        found = self._api.list(
-            "image", "/images", "images", f"list the images of {deployment}",
-            tag=deployment_tag(deployment), owner=self._api.project(), limit="100",
-        )  # fmt: skip
+        found = self._listed(f"list the images of {deployment}", tag=deployment_tag(deployment))
         return [i for i in found if i.get(PREFIX + "deployment") == deployment and i.get(KIND) in _FORMATS]
 
+    def _listed(self, tried: str, **query: str) -> list[dict[str, Any]]:
+        """The project's images, with those that are hidden: ours may have been made so by another spec."""
+        owner = self._api.project()
+        return [
+            image for hidden in ("false", "true")
+            for image in self._api.list(
+                "image", "/images", "images", tried, owner=owner, limit="100", os_hidden=hidden, **query
+            )
+        ]  # fmt: skip
+
     def ensure_boot(self, spec: MachineSpec) -> str:
-        """Id of the root image of `spec`, with its kernel and initramfs. BadError if bytes differ from the manifest."""
+        """Id of the image that a server of `spec` names. BadError if bytes differ from the manifest."""
         content = repr((sorted(p.sha256 for p in spec.manifest.parts), spec.manifest.command_line))
         what = ("image", spec.owner.deployment, spec.manifest.name, content)
         with self._lock:
@@ -85,18 +107,48 @@ class Images:
 
     def _look(self, spec: MachineSpec) -> str:
         manifest, deployment = spec.manifest, spec.owner.deployment
-        check_command_line(manifest)
-        ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
+        check_bootable(manifest, self._place.boot)
+        if self._place.boot == "uefi":
+            with _assembled(spec) as path:
+                return self._ensure(deployment, self._wanted(spec, "disk", UEFI_HARDWARE, path))
+        ids = {kind: self._ensure(deployment, self._wanted(spec, kind)) for kind in ("kernel", "initramfs")}
         boot = {"kernel_id": ids["kernel"], "ramdisk_id": ids["initramfs"], "os_command_line": manifest.command_line}
-        return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
+        return self._ensure(deployment, self._wanted(spec, "root", {**boot, **HARDWARE}))
+
+    def _wanted(
+        self, spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None, path: Path | None = None
+    ) -> _Wanted:
+        """`kind`: kernel | initramfs | root, the last with all parts that lie in its file; or disk, made at `path`."""
+        manifest = spec.manifest
+        if kind == "disk":
+            ends = [sum(p.size for p in manifest.disk[:i]) for i in range(len(manifest.disk))]
+            parts = tuple((at, p.size, p.sha256) for at, p in zip(ends, manifest.disk, strict=True))
+        else:
+            file = manifest.part(kind).file
+            path = spec.image_dir / file
+            parts = tuple((p.offset, p.size, p.sha256) for p in manifest.parts if p.file == file)
+        properties = {**(properties or {}), **self._signed()}
+        content = repr((kind, sorted(parts), sorted(properties.items())))
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        name = f"{spec.owner.deployment}-{manifest.name}-{kind}-{digest[:16]}"
+        return _Wanted(name, kind, digest, manifest.name, path, parts, properties)
+
+    def _signed(self) -> dict[str, str]:
+        return image_signature.properties(self._place.certificate) if self._place.certificate else {}
+
+    def check_key(self) -> None:
+        """Raises PermanentError if images are to be signed and cannot be."""
+        if self._place.certificate:
+            image_signature.load_key(self._keys / self._place.signing_key)
 
     def ensure_state(self, deployment: str, size_gib: int) -> str:
         """Id of the image of an empty state disk."""
         name = f"{deployment}-{STATE}-{size_gib}g"
-        wanted = _Wanted(name, STATE, f"ext4-{size_gib}", STATE, None)
+        wanted = _Wanted(name, STATE, f"ext4-{size_gib}", STATE, None, properties=self._signed())
         with self._lock:
             found = self._find(deployment, wanted)
             if found is not None and found.get("status") == "active":
+                self._settle(found, wanted)
                 return str(found["id"])
             with packed_state_disk(size_gib << 10) as path:
                 return self._ensure(deployment, wanted, path)
@@ -104,15 +156,15 @@ class Images:
     def collect(self, deployment: str, used: Collection[str]) -> list[str]:
         """Delete images of ours that no machine uses (`used`: ids) and that were replaced by a newer one. Their ids."""
         mine = sorted(self.of_deployment(deployment), key=lambda i: str(i.get("created_at")))
-        newest = {str(i[OF_IMAGE]): i for i in mine if i[KIND] == "root"}
+        newest = {str(i[OF_IMAGE]): i for i in mine if i[KIND] in _BOOTED}
         keep = {*used, *(str(i["id"]) for i in newest.values())}
         keep |= {str(i.get(k)) for i in mine if i["id"] in keep for k in ("kernel_id", "ramdisk_id")}
-        old = [str(i["id"]) for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
+        old = [i for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
         if old:
             self._api.forget()
-        for identity in old:
-            self._api.delete("image", f"/images/{identity}", f"delete the old image {identity}")
-        return old
+        for image in old:
+            self._delete(image, f"delete the old image {image['id']}")
+        return [str(image["id"]) for image in old]
 
     def remove_all(self, deployment: str) -> None:
         """Delete all images of the deployment."""
@@ -124,9 +176,27 @@ class Images:
         tried = f"delete the image {image['name']} ({image['id']})"
 
         def gone() -> bool | None:  # 409 while Cinder or Nova reads it
-            return True if not self._api.delete("image", f"/images/{image['id']}", tried) else None
+            return True if not self._delete(image, tried) else None
 
         self._api.until(tried, gone, STALE_UPLOAD_S)
+
+    def _delete(self, image: Mapping[str, Any], tried: str) -> bool:
+        """Ask for the end of one of ours, protected or not; False if it is gone already."""
+        if image.get("protected") and not self._set(image, {"protected": False}, tried):
+            return False
+        return self._api.delete("image", f"/images/{image['id']}", tried)
+
+    def _set(self, image: Mapping[str, Any], values: Mapping[str, bool], tried: str) -> bool:
+        """Set its attributes; False if it is gone."""
+        changes = [{"op": "replace", "path": f"/{name}", "value": value} for name, value in values.items()]
+        return self._api.patch(f"/images/{image['id']}", changes, tried) is not None
+
+    def _settle(self, found: Mapping[str, Any], wanted: _Wanted) -> None:
+        """Hidden and protected as the spec says now."""
+        said = {"os_hidden": self._place.hidden, "protected": self._place.protected}
+        other = {name: value for name, value in said.items() if bool(found.get(name)) != value}
+        if other:
+            self._set(found, other, f"set {', '.join(other)} of the image {wanted.name}")
 
     def _ensure(self, deployment: str, wanted: _Wanted, path: Path | None = None) -> str:
         path = path or wanted.path
@@ -138,13 +208,14 @@ class Images:
             nonlocal fresh, uploads
             found = self._find(deployment, wanted) or self._get(fresh, tried)
             if found is None:
-                self._create(deployment, wanted, fresh)
+                self._create(deployment, wanted, fresh, path)
                 found = self._get(fresh, tried)
             if found is None:
                 return None
             identity, status = str(found["id"]), found.get("status")
             if status == "active":
                 if self._same(found, wanted, path):
+                    self._settle(found, wanted)
                     return identity
                 uploads += 1
                 self._remove(found)
@@ -184,8 +255,13 @@ class Images:
             return True
         return False
 
-    def _create(self, deployment: str, wanted: _Wanted, identity: str) -> None:
+    def _create(self, deployment: str, wanted: _Wanted, identity: str, path: Path) -> None:
         form = _FORMATS[wanted.kind]
+        signature = {}
+        if self._place.certificate:  # of what the manifest says: the bytes are compared with it before they are sent
+            key = image_signature.load_key(self._keys / self._place.signing_key)
+            with reporting(f"sign the image {wanted.name}"):
+                signature = {"img_signature": image_signature.sign(path, key)}
         body = {
             "id": identity,
             "name": wanted.name,
@@ -198,16 +274,14 @@ class Images:
             DIGEST: wanted.digest,
             OF_IMAGE: wanted.of_image,
             **wanted.properties,
+            **signature,
         }
         with contextlib.suppress(BusyError):  # the id exists: an earlier request was carried out after all
             self._api.make("image", "/images", body, f"create the image {wanted.name}")
 
     def _find(self, deployment: str, wanted: _Wanted) -> dict[str, Any] | None:
         """Ours with that content: the oldest active one, or the oldest. RefusedError if a stranger wears its name."""
-        found = self._api.list(
-            "image", "/images", "images", f"look up the image {wanted.name}", name=wanted.name,
-            owner=self._api.project(), limit="100",
-        )  # fmt: skip
+        found = self._listed(f"look up the image {wanted.name}", name=wanted.name)
         for image in found:
             if image.get(PREFIX + "deployment") != deployment or image.get(KIND) != wanted.kind:
                 raise RefusedError(
@@ -268,11 +342,16 @@ class Images:
         return whole.hexdigest()
 
 
-def _wanted(spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None) -> _Wanted:
-    """`kind`: kernel | initramfs | root, the last with all parts that lie in its file."""
-    manifest, path = spec.manifest, spec.image_dir / spec.manifest.part(kind).file
-    parts = tuple((p.offset, p.size, p.sha256) for p in manifest.parts if p.file == manifest.part(kind).file)
-    content = repr((kind, sorted(parts), sorted((properties or {}).items())))
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    name = f"{spec.owner.deployment}-{manifest.name}-{kind}-{digest[:16]}"
-    return _Wanted(name, kind, digest, manifest.name, path, parts, properties or {})
+@contextlib.contextmanager
+def _assembled(spec: MachineSpec) -> Iterator[Path]:
+    """A temporary file that is the disk which UEFI boots, made of the image's files."""
+    with reporting(f"make the disk of image {spec.manifest.name}"), tempfile.NamedTemporaryFile("wb") as disk:
+        for part in spec.manifest.disk:
+            with (spec.image_dir / part.file).open("rb") as file:
+                file.seek(part.offset)
+                left = part.size
+                while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+                    disk.write(chunk)
+                    left -= len(chunk)
+        disk.flush()
+        yield Path(disk.name)

@@ -48,8 +48,8 @@ class StoredImage:
 def verify_image(directory: Path, trusted_keys: Sequence[bytes], *, allow_adversary: bool = False) -> Manifest:
     """Verify the image in `directory` against raw Ed25519 public keys and return its manifest.
 
-    Raises BadError naming the part (manifest, kernel, initramfs, root, verity, esp, gpt) that is wrong, RefusedError for an
-    adversary image where none is allowed, BadInputError if there is no such directory.
+    Raises BadError naming the part (manifest, kernel, initramfs, root, verity, esp, gpt) that is wrong, RefusedError
+    for an adversary image where none is allowed, BadInputError if there is no such directory.
     """
     try:
         manifest = _verified_manifest(directory, trusted_keys)

@@ -61,6 +61,12 @@ class Manifest:
         found = tuple(p for name in names for p in self.parts if p.name == name)
         return found if len(found) == len(names) else ()
 
+    @property
+    def disk_bytes(self) -> int:
+        """The size of the largest disk that is made of it, however it boots; 0 if it has none."""
+        roots = max((p.offset + p.size for p in self.parts if p.name in ("root", "verity")), default=0)
+        return max(roots, sum(p.size for p in self.disk))
+
 
 def manifest_digest(envelope: bytes) -> str:
     """An image's name: `sha256:` and the hash of its signed manifest's envelope."""
