@@ -73,7 +73,9 @@ def test_room_for_a_recovery_is_only_warned_of(tmp_path, fake):
 @pytest.mark.parametrize(("seconds", "verdict"), [(0, "ok"), (60, "warn"), (3600, "fail")])
 def test_clocks_that_differ(tmp_path, fake, seconds, verdict):
     with driving(tmp_path, fake) as cloud:
-        look = Preflight(cloud.api, PLACE, cloud.network, cloud.servers, cloud.images, clock=lambda: time.time() - seconds)
+        look = Preflight(
+            cloud.api, PLACE, cloud.network, cloud.servers, cloud.images, clock=lambda: time.time() - seconds
+        )
         (found,) = (f for f in look.run(DEMAND) if f.name == "clock")
     assert found.verdict == verdict
 
