@@ -70,6 +70,7 @@ class FakeOpenStack(Glance):
                               "totalSnapshotsUsed": 0, "maxTotalVolumeGigabytes": 100,
                               "totalGigabytesUsed": 0}  # fmt: skip
         self.max_microversion = "2.93"
+        self.image_formats = ["aki", "ari", "raw", "qcow2", "iso"]
         self.roles = ["member"]
         self.expired: set[str] = set()
         self.url = ""

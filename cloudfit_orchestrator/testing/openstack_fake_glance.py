@@ -25,6 +25,8 @@ class Glance:
             found = [i for i in found if "tag" not in query or query["tag"] in i["tags"]]
             hidden = query.get("os_hidden", "false") == "true"
             return 200, {"images": [i for i in found if i.get("os_hidden", False) is hidden]}
+        if path == "/schemas/image":
+            return 200, {"properties": {"disk_format": {"enum": self.image_formats}}}
         if method == "POST":
             if body["id"] in self.objects["images"] or body["id"] in self.files:
                 raise Refuse(409, "Image ID already exists!")

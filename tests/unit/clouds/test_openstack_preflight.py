@@ -53,7 +53,7 @@ def test_everything_is_said_at_once(tmp_path, fake):
         "flavor: a disk of 1 GiB, the image has 2",
         "zone: no zone 'moon' that is up; there are nova",
         "network: port security is off",
-        "image formats: the kernel's command line has 300 characters",
+        "boot: the kernel's command line has 300 characters",
         "volume type: no volume type 'golden'; there are replicas",
         "quota of compute: instances: 9 of 10 used, 2 needed",
         "quota of volumes: volumes: 0 of 1 used, 2 needed",
