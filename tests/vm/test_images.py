@@ -203,7 +203,7 @@ def test_an_image_boots_into_its_entry_and_restarts_it(images, tmp_path):
 def test_by_uefi_it_boots_from_its_disk_and_leaves_that_as_it_is(images, tmp_path):
     disk = make_disk(images.probe, tmp_path)
     text = boot(
-        images.probe, tmp_path / "console", until="probe: done", state=make_state(tmp_path / "state"), uefi=disk
+        images.probe, tmp_path / "console", until="probe: done", state=make_state(tmp_path / "state"), disk=disk
     )
     assert "probe: done" in text, text
     assert "probe: root EROFS" in text

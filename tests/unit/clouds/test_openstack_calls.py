@@ -47,7 +47,9 @@ def whole_life(cloud, fake, directory):
 
 def test_the_table_of_calls(fake, tmp_path):
     with Proxy(f"{fake.url}/identity/v3").serving() as proxy:
-        place = type(PLACE)(**{f: getattr(PLACE, f) for f in PLACE.__slots__} | {"availability_zone": "nova", "protected": True})
+        place = type(PLACE)(
+            **{f: getattr(PLACE, f) for f in PLACE.__slots__} | {"availability_zone": "nova", "protected": True}
+        )
         with driving(tmp_path, fake, place, url=proxy.keystone.removesuffix("/identity/v3")) as cloud:
             whole_life(cloud, fake, tmp_path)
     made = set()
