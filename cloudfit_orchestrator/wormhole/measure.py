@@ -159,10 +159,18 @@ def by_uefi(domain: ET.Element) -> bool:
     return is_nova(domain) and domain.find("os/loader") is not None and domain.find("os/kernel") is None
 
 
-def check_boot(domain: ET.Element, manifest: Manifest) -> None:
-    """Everything but the channel. Raises BadError naming the part that differs."""
+def check_boot(domain: ET.Element, manifest: Manifest, *, may_reset: bool = False) -> None:
+    """Everything but the channel. Raises BadError naming the part that differs.
+
+    `may_reset`: one that starts once only may still be reset so far; its agent is about to end that.
+    """
     _check_shape(domain)
     if by_uefi(domain):
+        ends = [tag for tag in _ENDS if domain.findtext(tag) != "destroy"]
+        if set(ends) - ({"on_reboot"} if may_reset else set()):
+            raise BadError(
+                f"domain definition: {ends[-1]} is not destroy: it would start again, from what its guest wrote"
+            )
         _check_uefi(domain, manifest)
         return
     command_line = domain.findtext("os/cmdline") or ""
@@ -244,9 +252,6 @@ def _check_uefi(domain: ET.Element, manifest: Manifest) -> None:
     """What firmware boots: the disk that the manifest says, which nobody wrote over before this start, and it alone."""
     if not manifest.disk:
         raise BadError(f"esp: image {manifest.name} has no disk that UEFI boots", next_command="cloudfit image build")
-    wrong = [tag for tag in _ENDS if domain.findtext(tag) != "destroy"]
-    if wrong:
-        raise BadError(f"domain definition: {wrong[0]} is not destroy: it would start again, from what its guest wrote")
     if [boot.get("dev") for boot in domain.iterfind("os/boot")] != ["hd"] or domain.find("devices/*/boot") is not None:
         raise BadError("domain definition: firmware is to boot something else than the first disk")
     if any(disk.get("device", "disk") != "disk" for disk in domain.iterfind("devices/disk")):

@@ -52,11 +52,10 @@ def measure_attached(uri: str, uuid: str, manifest: Manifest) -> Measured:
     Raises also PermanentError if nothing can be attached to it.
     """
     domain = live_definition(uri, uuid)
-    if by_uefi(domain):
-        _end_with_resets(uri, uuid)  # first, so that what is measured next is what runs until the end
-        domain = live_definition(uri, uuid)
     if is_nova(domain) and channel_of(domain) is None:
-        check_boot(domain, manifest)
+        check_boot(domain, manifest, may_reset=True)
+        if by_uefi(domain):
+            _end_with_resets(uri, uuid)  # what is measured after this, below, runs until the end
         find_channel(uri, uuid)
         domain = live_definition(uri, uuid)
     return measure_domain(domain, manifest)
