@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tests.openstack.test_driver import (  # noqa: F401  fixtures
     told,
 )
 from tests.openstack.test_nova_agent import GUEST, until
-from tests.vm.tiny_guest import tiny_image, tiny_manifest
+from tests.vm.tiny_guest import extract_package, tiny_image, tiny_manifest
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 
@@ -40,8 +39,7 @@ def uefi_image(init, directory):
     """The tiny image as a disk that UEFI boots, with systemd's stub as Debian has it; its directory and manifest."""
     tiny = tiny_image(init)
     plain = tiny_manifest(tiny)
-    subprocess.run(["apt-get", "download", "-q", "systemd-boot-efi"], check=True, cwd=directory, capture_output=True)
-    subprocess.run(["dpkg", "-x", next(directory.glob("systemd-boot-efi_*.deb")), directory / "stub"], check=True)
+    extract_package("systemd-boot-efi", directory, directory / "stub")
     stub = (directory / "stub/usr/lib/systemd/boot/efi/linuxx64.efi.stub").read_bytes()
     kernel, initramfs, root = ((tiny / name).read_bytes() for name in ("vmlinuz", "initramfs", "root.img"))
     before, behind = boot_disk.frame(uki.make_uki(stub, plain.command_line, initramfs, kernel), len(root))
