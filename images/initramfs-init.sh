@@ -35,6 +35,7 @@ END
 
 # An archive before this one may carry the root: then the disk is another machine's, and nothing of it runs.
 disk=/dev/vda
+[ ! -b /dev/vda2 ] || disk=/dev/vda2 # behind the partition that UEFI booted from
 if [ -f /root.img ]; then
     losetup -r -f /root.img || fail "no loop device for the root that the archive carries"
     disk=/dev/loop0

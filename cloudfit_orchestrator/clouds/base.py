@@ -218,6 +218,7 @@ class Demand:
     root_bytes: int = 0  # of the largest root image, with its hash tree; 0 if not known yet
     command_line: str = ""
     recovery_command_line: str = ""  # of the recovery image; empty if not known yet
+    no_disk: tuple[str, ...] = ()  # names of images that UEFI cannot boot
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from cloudfit_orchestrator.clouds.base import (
     check_name,
 )
 from cloudfit_orchestrator.clouds.openstack_api import Api
-from cloudfit_orchestrator.clouds.openstack_images import Images, boot_properties, check_command_line
+from cloudfit_orchestrator.clouds.openstack_images import Images, boot_properties, check_bootable
 from cloudfit_orchestrator.clouds.openstack_instance import FORMAT as SERVER_IMAGE
 from cloudfit_orchestrator.clouds.openstack_instance import ServerImages
 from cloudfit_orchestrator.clouds.openstack_network import Network
@@ -63,11 +63,10 @@ class OpenStackCloud(Cloud):
     isolated: ClassVar[bool] = True
 
     def __init__(self, *, home: Path, place: OpenStackPlace, api: Api | None = None) -> None:
-        """`home` is not used: everything is in the cloud. `api`: instead of one for `place`. Connects when needed."""
-        del home
+        """`home`: only its keys are used. `api`: instead of one for `place`. Connects when needed."""
         self.place = place
         self.api = api or Api(place.cloud, place.region)
-        self.images = Images(self.api)
+        self.images = Images(self.api, place, home / "keys")
         self.network = Network(self.api, place.network)
         self.servers = Servers(self.api)
         self.volumes = Volumes(self.api, place.availability_zone, place.volume_type)
@@ -92,7 +91,7 @@ class OpenStackCloud(Cloud):
         )
 
     def preflight(self, demand: Demand, *, probe: bool = False) -> Sequence[Finding]:
-        return Preflight(self.api, self.place, self.network, self.servers).run(demand, probe=probe)
+        return Preflight(self.api, self.place, self.network, self.servers, self.images).run(demand, probe=probe)
 
     def _cinder(self) -> bool:
         """Whether Cinder may be asked at all: never where the spec says so, or the catalogue has none."""
@@ -145,7 +144,7 @@ class OpenStackCloud(Cloud):
     def create(self, spec: MachineSpec) -> Machine:
         owner = spec.owner
         with self._locked(owner):
-            check_command_line(spec.manifest)
+            check_bootable(spec.manifest, self.place.boot)
             asked = False
 
             def boot() -> Boot:
@@ -212,10 +211,10 @@ class OpenStackCloud(Cloud):
     def flavor(self, spec: MachineSpec, *, single: bool = False) -> dict[str, Any]:
         """The flavor. PermanentError if there is none or it is too small for `spec`; `single`: the disk holds state."""
         found = self.api.remembered(("flavor",), lambda: find_flavor(self.api, self.place.flavor))
-        root_bytes = max((p.offset + p.size for p in spec.manifest.parts if p.name in ("root", "verity")), default=0)
+        disk_bytes = spec.manifest.disk_bytes
         if single and spec.state_disk is not None:
-            root_bytes = single_disk_mib(spec.state_disk.size_mib) << 20
-        wrong = flavor_faults(found, spec.memory_mib, spec.cpus, root_bytes)
+            disk_bytes = single_disk_mib(spec.state_disk.size_mib) << 20
+        wrong = flavor_faults(found, spec.memory_mib, spec.cpus, disk_bytes)
         if wrong:
             raise PermanentError(
                 f"flavor {self.place.flavor} of {self.api.name}: {'; '.join(wrong)}",

@@ -6,7 +6,6 @@ it was carried out is unclear after a lost connection, a 5xx or a spoilt answer,
 look before it asks again. Secrets stay in openstacksdk: no error and no log line of ours holds a request's body.
 """
 
-import json
 import os
 import queue
 import threading
@@ -53,6 +52,7 @@ SERVICES = {"compute": "compute", "image": "image", "network": "network", "volum
 _VERSIONS = {"compute": COMPUTE_VERSION, "volume": VOLUME_VERSION}
 _ALIASES = {"volume": ("volumev3", "block-storage", "volume")}
 _JSON = "application/json"
+_HEADERS = {"PATCH": {"Content-Type": "application/openstack-images-v2.1-json-patch"}}  # only Glance is asked for one
 _T = TypeVar("_T")
 
 
@@ -283,9 +283,9 @@ class Api:
         """Set it so; None if it is gone."""
         return self.request(service, "PUT", path, tried, body=body)
 
-    def patch(self, path: str, values: Mapping[str, str], tried: str) -> dict[str, Any] | None:
-        """Set these properties of an image; None if it is gone."""
-        return self.request("image", "PATCH", path, tried, body=values)
+    def patch(self, path: str, changes: Sequence[Mapping[str, Any]], tried: str) -> dict[str, Any] | None:
+        """Change an image (RFC 6902); None if it is gone."""
+        return self.request("image", "PATCH", path, tried, body=changes)
 
     def delete(self, service: str, path: str, tried: str) -> bool:
         """Ask for the end of it; False if it is gone already."""
@@ -303,7 +303,7 @@ class Api:
         path: str,
         tried: str,
         *,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | Sequence[Any] | None = None,
         data: BinaryIO | None = None,
         params: Mapping[str, str] | None = None,
     ) -> dict[str, Any] | None:
@@ -337,18 +337,14 @@ class Api:
         path: str,
         tried: str,
         *,
-        body: Mapping[str, Any] | None,
+        body: Mapping[str, Any] | Sequence[Any] | None,
         data: BinaryIO | None,
         params: Mapping[str, str] | None,
     ) -> dict[str, Any] | None:
-        keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON}}
+        keywords: dict[str, Any] = {"timeout": self._timeout, "headers": {"Accept": _JSON, **_HEADERS.get(method, {})}}
         if service in _VERSIONS:
             keywords["microversion"] = _VERSIONS[service]
-        if method == "PATCH":
-            changes = [{"op": "add", "path": f"/{name}", "value": value} for name, value in (body or {}).items()]
-            keywords["data"] = json.dumps(changes)
-            keywords["headers"] = {"Content-Type": "application/openstack-images-v2.1-json-patch", "Accept": _JSON}
-        elif body is not None:
+        if body is not None:
             keywords["json"] = body
         if data is not None:
             keywords["data"] = data

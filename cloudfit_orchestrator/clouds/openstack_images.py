@@ -1,21 +1,22 @@
 """Our images in Glance: uploaded once a cloud, deployment and content, compared with the manifest, collected by tags.
 
 A machine's image is three of Glance's: kernel and initramfs, and the root (erofs and hash tree in one raw disk) that
-names both and carries the kernel's command line. A fourth kind is an empty ext4 from which Cinder makes state disks,
-because a guest of ours has no tool to make a file system. Where there is no Cinder, the root's image holds that ext4
-behind the root instead (`single`), and a recovery machine's initramfs carries its root (`carrier`): model/one_disk.py.
+names both and carries the kernel's command line. Where a cloud boots by UEFI only it is one, a disk of the same root.
+Another kind is an empty ext4 from which Cinder makes state disks, because a guest of ours has no tool to make a file
+system. Where there is no Cinder, the root's image holds that ext4 behind the root instead (`single`), and a recovery
+machine's initramfs carries its root (`carrier`): model/one_disk.py.
 """
 
 import contextlib
 import hashlib
-import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cloudfit_orchestrator.clouds import image_signature
 from cloudfit_orchestrator.clouds.base import MachineSpec
 from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError, UnclearError
 from cloudfit_orchestrator.clouds.openstack_tags import KIND, PREFIX, deployment_tag, fresh_id
@@ -23,6 +24,7 @@ from cloudfit_orchestrator.clouds.state_disk import packed_single_disk, packed_s
 from cloudfit_orchestrator.model.errors import BadError, PermanentError, RefusedError, TemporaryError
 from cloudfit_orchestrator.model.image import Manifest
 from cloudfit_orchestrator.model.one_disk import carried, check_image, single_disk_mib
+from cloudfit_orchestrator.model.spec import OpenStackPlace
 
 UPLOAD_TIMEOUT_S = 900.0  # of one image of some 30 MB: a slow uplink of 1 Mbit/s takes four minutes
 STALE_UPLOAD_S = 300.0  # an upload that others began and that shows no end: theirs died
@@ -40,8 +42,12 @@ HARDWARE = {
     "hw_rng_model": "virtio",
     "os_shutdown_timeout": "0",
 }
-_FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", STATE: "qcow2", SINGLE: "qcow2", CARRIER: "ari"}
-_NEWEST = ("root", SINGLE, CARRIER)  # of these the newest of each image stays, with what it names
+# OVMF comes with Nova's q35; its variables and the boot order are Nova's own.
+UEFI_HARDWARE = {**HARDWARE, "hw_firmware_type": "uefi", "hw_machine_type": "q35"}
+_FORMATS = {
+    "kernel": "aki", "initramfs": "ari", "root": "raw", "disk": "raw", STATE: "qcow2", SINGLE: "qcow2", CARRIER: "ari",
+}  # fmt: skip
+_NEWEST = ("root", "disk", SINGLE, CARRIER)  # of these the newest of each image stays, with what it names
 _CHUNK = 4 << 20
 
 
@@ -57,34 +63,49 @@ class _Wanted:
     min_disk: int = 0  # GiB
 
 
-def check_command_line(manifest: Manifest) -> None:
-    """Raises PermanentError if Nova would cut the command line."""
-    if len(manifest.command_line) > MAX_COMMAND_LINE:
+def check_bootable(manifest: Manifest, boot: str) -> None:
+    """Raises PermanentError if the image cannot boot so: by UEFI without a disk, or Nova would cut the command line."""
+    if boot == "uefi" and not manifest.disk:
+        raise PermanentError(
+            f"image {manifest.name} has no disk that UEFI boots",
+            next_command=f"cloudfit image build {manifest.name}, with [uefi] in its base recipe",
+        )
+    if boot == "kernel" and len(manifest.command_line) > MAX_COMMAND_LINE:
         raise PermanentError(
             f"image {manifest.name}: a command line of {len(manifest.command_line)} characters, Nova keeps "
             f"{MAX_COMMAND_LINE}",
-            next_command="shorten command_line in the image's recipe",
+            next_command="shorten command_line in the image's recipe, or boot: uefi in the spec",
         )
 
 
 class Images:
     """The images of one deployment in one project."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, place: OpenStackPlace, keys: Path) -> None:
+        """`keys`: the directory of the key that `place` names."""
         self._api = api
+        self._place = place
+        self._keys = keys
         self._lock = threading.Lock()  # uploads of one process one after the other: each finds what the one before made
         self._good: set[tuple[str, str]] = set()  # (id, digest) whose bytes were compared in this process
 
     def of_deployment(self, deployment: str) -> list[dict[str, Any]]:
         """All of ours, whatever their state."""
-        found = self._api.list(
-            "image", "/images", "images", f"list the images of {deployment}",
-            tag=deployment_tag(deployment), owner=self._api.project(), limit="100",
-        )  # fmt: skip
+        found = self._listed(f"list the images of {deployment}", tag=deployment_tag(deployment))
         return [i for i in found if i.get(PREFIX + "deployment") == deployment and i.get(KIND) in _FORMATS]
 
+    def _listed(self, tried: str, **query: str) -> list[dict[str, Any]]:
+        """The project's images, with those that are hidden: ours may have been made so by another spec."""
+        owner = self._api.project()
+        return [
+            image for hidden in ("false", "true")
+            for image in self._api.list(
+                "image", "/images", "images", tried, owner=owner, limit="100", os_hidden=hidden, **query
+            )
+        ]  # fmt: skip
+
     def ensure_boot(self, spec: MachineSpec) -> str:
-        """Id of the root image of `spec`, with its kernel and initramfs. BadError if bytes differ from the manifest."""
+        """Id of the image that a server of `spec` names. BadError if bytes differ from the manifest."""
         what = ("image", *self._content(spec))
         with self._lock:
             return self._api.remembered(what, lambda: self._look(spec))
@@ -100,10 +121,45 @@ class Images:
 
     def _look(self, spec: MachineSpec) -> str:
         manifest, deployment = spec.manifest, spec.owner.deployment
-        check_command_line(manifest)
-        ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
-        boot = boot_properties(manifest, ids["kernel"], ids["initramfs"])
-        return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
+        check_bootable(manifest, self._place.boot)
+        if self._place.boot == "uefi":
+            parts = [(spec.image_dir / p.file, p.offset, p.size) for p in manifest.disk]
+            with _joined(parts) as path:
+                return self._ensure(deployment, self._wanted(spec, "disk", UEFI_HARDWARE, path))
+        return self._ensure(deployment, self._root(spec))
+
+    def _root(self, spec: MachineSpec) -> _Wanted:
+        """The root image, with kernel and initramfs uploaded."""
+        deployment = spec.owner.deployment
+        ids = {kind: self._ensure(deployment, self._wanted(spec, kind)) for kind in ("kernel", "initramfs")}
+        boot = boot_properties(spec.manifest, ids["kernel"], ids["initramfs"])
+        return self._wanted(spec, "root", {**boot, **HARDWARE})
+
+    def _wanted(
+        self, spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None, path: Path | None = None
+    ) -> _Wanted:
+        """`kind`: kernel | initramfs | root, the last with all parts that lie in its file; or disk, made at `path`."""
+        manifest = spec.manifest
+        if kind == "disk":
+            ends = [sum(p.size for p in manifest.disk[:i]) for i in range(len(manifest.disk))]
+            parts = tuple((at, p.size, p.sha256) for at, p in zip(ends, manifest.disk, strict=True))
+        else:
+            file = manifest.part(kind).file
+            path = spec.image_dir / file
+            parts = tuple((p.offset, p.size, p.sha256) for p in manifest.parts if p.file == file)
+        properties = {**(properties or {}), **self._signed()}
+        content = repr((kind, sorted(parts), sorted(properties.items())))
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        name = f"{spec.owner.deployment}-{manifest.name}-{kind}-{digest[:16]}"
+        return _Wanted(name, kind, digest, manifest.name, path, parts, properties)
+
+    def _signed(self) -> dict[str, str]:
+        return image_signature.properties(self._place.certificate) if self._place.certificate else {}
+
+    def check_key(self) -> None:
+        """Raises PermanentError if images are to be signed and cannot be."""
+        if self._place.certificate:
+            image_signature.load_key(self._keys / self._place.signing_key)
 
     def ensure_single(self, spec: MachineSpec, state_mib: int) -> str:
         """Id of the image of root and empty state in one disk, and what it names. Errors as of `ensure_boot`."""
@@ -114,9 +170,8 @@ class Images:
 
     def _look_single(self, spec: MachineSpec, state_mib: int) -> str:
         manifest, deployment = spec.manifest, spec.owner.deployment
-        ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
-        boot = boot_properties(manifest, ids["kernel"], ids["initramfs"])
-        root = _wanted(spec, "root", {**boot, **HARDWARE})
+        check_bootable(manifest, "kernel")
+        root = self._root(spec)
         digest = hashlib.sha256(f"{root.digest} {state_mib}".encode()).hexdigest()
         name = f"{deployment}-{manifest.name}-{SINGLE}-{digest[:16]}"
         gib = -(-single_disk_mib(state_mib) // 1024)
@@ -134,27 +189,33 @@ class Images:
         manifest, deployment = spec.manifest, spec.owner.deployment
         check_image(manifest)
         with self._lock:
-            kernel = self._ensure(deployment, _wanted(spec, "kernel"))
-            layout, base = carried(manifest), _wanted(spec, "root")
+            kernel = self._ensure(deployment, self._wanted(spec, "kernel"))
+            layout, base = carried(manifest), self._wanted(spec, "root")
             assert base.path is not None
             initramfs = manifest.part("initramfs")
+            files = [
+                (base.path, 0, layout.root_size),
+                layout.tail,
+                (spec.image_dir / initramfs.file, 0, initramfs.size),
+            ]
             parts = (
                 *((offset + layout.root_offset, size, said) for offset, size, said in base.parts),
                 (layout.initramfs_offset, initramfs.size, initramfs.sha256),
             )
             digest = hashlib.sha256(repr((CARRIER, parts)).encode()).hexdigest()
             name = f"{deployment}-{manifest.name}-{CARRIER}-{digest[:16]}"
-            wanted = _Wanted(name, CARRIER, digest, manifest.name, None, parts, {"kernel_id": kernel})
-            with _joined((layout.head, base.path, layout.tail, spec.image_dir / initramfs.file)) as path:
+            wanted = _Wanted(name, CARRIER, digest, manifest.name, None, parts, {"kernel_id": kernel, **self._signed()})
+            with _joined(files) as path:
                 return kernel, self._ensure(deployment, wanted, path)
 
     def ensure_state(self, deployment: str, size_gib: int) -> str:
         """Id of the image of an empty state disk."""
         name = f"{deployment}-{STATE}-{size_gib}g"
-        wanted = _Wanted(name, STATE, f"ext4-{size_gib}", STATE, None)
+        wanted = _Wanted(name, STATE, f"ext4-{size_gib}", STATE, None, properties=self._signed())
         with self._lock:
             found = self._find(deployment, wanted)
             if found is not None and found.get("status") == "active":
+                self._settle(found, wanted)
                 return str(found["id"])
             with packed_state_disk(size_gib << 10) as path:
                 return self._ensure(deployment, wanted, path)
@@ -165,12 +226,12 @@ class Images:
         newest = {(str(i[OF_IMAGE]), i[KIND]): i for i in mine if i[KIND] in _NEWEST}
         keep = {*used, *(str(i["id"]) for i in newest.values())}
         keep |= {str(i.get(k)) for i in mine if i["id"] in keep for k in ("kernel_id", "ramdisk_id")}
-        old = [str(i["id"]) for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
+        old = [i for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]
         if old:
             self._api.forget()
-        for identity in old:
-            self._api.delete("image", f"/images/{identity}", f"delete the old image {identity}")
-        return old
+        for image in old:
+            self._delete(image, f"delete the old image {image['id']}")
+        return [str(image["id"]) for image in old]
 
     def remove_all(self, deployment: str) -> None:
         """Delete all images of the deployment."""
@@ -182,9 +243,27 @@ class Images:
         tried = f"delete the image {image['name']} ({image['id']})"
 
         def gone() -> bool | None:  # 409 while Cinder or Nova reads it
-            return True if not self._api.delete("image", f"/images/{image['id']}", tried) else None
+            return True if not self._delete(image, tried) else None
 
         self._api.until(tried, gone, STALE_UPLOAD_S)
+
+    def _delete(self, image: Mapping[str, Any], tried: str) -> bool:
+        """Ask for the end of one of ours, protected or not; False if it is gone already."""
+        if image.get("protected") and not self._set(image, {"protected": False}, tried):
+            return False
+        return self._api.delete("image", f"/images/{image['id']}", tried)
+
+    def _set(self, image: Mapping[str, Any], values: Mapping[str, bool], tried: str) -> bool:
+        """Set its attributes; False if it is gone."""
+        changes = [{"op": "replace", "path": f"/{name}", "value": value} for name, value in values.items()]
+        return self._api.patch(f"/images/{image['id']}", changes, tried) is not None
+
+    def _settle(self, found: Mapping[str, Any], wanted: _Wanted) -> None:
+        """Hidden and protected as the spec says now."""
+        said = {"os_hidden": self._place.hidden, "protected": self._place.protected}
+        other = {name: value for name, value in said.items() if bool(found.get(name)) != value}
+        if other:
+            self._set(found, other, f"set {', '.join(other)} of the image {wanted.name}")
 
     def _ensure(self, deployment: str, wanted: _Wanted, path: Path | None = None) -> str:
         path = path or wanted.path
@@ -203,6 +282,7 @@ class Images:
             identity, status = str(found["id"]), found.get("status")
             if status == "active":
                 if self._same(found, wanted, path):
+                    self._settle(found, wanted)
                     return identity
                 uploads += 1
                 self._remove(found)
@@ -245,6 +325,10 @@ class Images:
     def _create(self, deployment: str, wanted: _Wanted, identity: str, path: Path) -> None:
         form = _FORMATS[wanted.kind]
         made = {CONTENT: self._check(wanted, path)} if wanted.kind == SINGLE else {}
+        if self._place.certificate:  # of what the manifest says: the bytes are compared with it before they are sent
+            key = image_signature.load_key(self._keys / self._place.signing_key)
+            with reporting(f"sign the image {wanted.name}"):
+                made["img_signature"] = image_signature.sign(path, key)
         body = {
             "id": identity,
             "name": wanted.name,
@@ -265,10 +349,7 @@ class Images:
 
     def _find(self, deployment: str, wanted: _Wanted) -> dict[str, Any] | None:
         """Ours with that content: the oldest active one, or the oldest. RefusedError if a stranger wears its name."""
-        found = self._api.list(
-            "image", "/images", "images", f"look up the image {wanted.name}", name=wanted.name,
-            owner=self._api.project(), limit="100",
-        )  # fmt: skip
+        found = self._listed(f"look up the image {wanted.name}", name=wanted.name)
         for image in found:
             if image.get(PREFIX + "deployment") != deployment or image.get(KIND) != wanted.kind:
                 raise RefusedError(
@@ -347,28 +428,18 @@ def boot_properties(manifest: Manifest, kernel: str, initramfs: str) -> dict[str
 
 
 @contextlib.contextmanager
-def _joined(parts: Collection[bytes | Path]) -> Iterator[Path]:
-    """A temporary file of bytes and files, one behind the other."""
-    directory = Path(tempfile.mkdtemp(prefix="cloudfit-"))
-    try:
-        path = directory / "joined"
-        with reporting(f"join an image's files in {directory}"), path.open("wb") as file:
-            for part in parts:
-                if isinstance(part, bytes):
-                    file.write(part)
-                else:
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, file, _CHUNK)
-        yield path
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _wanted(spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None) -> _Wanted:
-    """`kind`: kernel | initramfs | root, the last with all parts that lie in its file."""
-    manifest, path = spec.manifest, spec.image_dir / spec.manifest.part(kind).file
-    parts = tuple((p.offset, p.size, p.sha256) for p in manifest.parts if p.file == manifest.part(kind).file)
-    content = repr((kind, sorted(parts), sorted((properties or {}).items())))
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    name = f"{spec.owner.deployment}-{manifest.name}-{kind}-{digest[:16]}"
-    return _Wanted(name, kind, digest, manifest.name, path, parts, properties or {})
+def _joined(parts: Sequence[bytes | tuple[Path, int, int]]) -> Iterator[Path]:
+    """A temporary file of bytes and of parts of files (path, offset, size), one behind the other."""
+    with reporting("join an image's files"), tempfile.NamedTemporaryFile("wb", prefix="cloudfit-") as joined:
+        for part in parts:
+            if isinstance(part, bytes):
+                joined.write(part)
+                continue
+            path, offset, left = part
+            with path.open("rb") as file:
+                file.seek(offset)
+                while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+                    joined.write(chunk)
+                    left -= len(chunk)
+        joined.flush()
+        yield Path(joined.name)

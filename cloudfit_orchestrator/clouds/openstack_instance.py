@@ -108,7 +108,8 @@ class ServerImages:
             raise PermanentError(f"image {snapshot.id} is gone", next_command="openstack image list")
         wanted = {**properties, **HARDWARE}
         if any(found.get(name) != value for name, value in wanted.items()):
-            self._api.patch(f"/images/{snapshot.id}", wanted, tried)
+            changes = [{"op": "add", "path": f"/{name}", "value": value} for name, value in wanted.items()]
+            self._api.patch(f"/images/{snapshot.id}", changes, tried)
         return snapshot.id
 
     def _present(self, snapshot: DiskSnapshot) -> dict[str, Any] | None:

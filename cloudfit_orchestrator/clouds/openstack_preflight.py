@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from cloudfit_orchestrator.clouds.base import Demand, Finding
 from cloudfit_orchestrator.clouds.openstack_api import COMPUTE_VERSION, SERVICES, Api
-from cloudfit_orchestrator.clouds.openstack_images import MAX_COMMAND_LINE
+from cloudfit_orchestrator.clouds.openstack_images import MAX_COMMAND_LINE, Images
 from cloudfit_orchestrator.clouds.openstack_network import Network
 from cloudfit_orchestrator.clouds.openstack_servers import Servers
 from cloudfit_orchestrator.clouds.openstack_tags import INSTANCE, VOLUME, Reservation
@@ -34,6 +34,7 @@ WARN_CERTIFICATE_DAYS = 14
 TLS_TIMEOUT_S = 10.0
 EXTENSIONS = ("security-group", "port-security", "standard-attr-description")
 FORMATS = ("aki", "ari", "raw", "qcow2")  # kernel, initramfs, root, empty state disk
+UEFI_FORMATS = ("raw", "qcow2")  # disk, empty state disk
 IMAGES = 4  # Glance images a deployment: the formats above
 _USEFUL_ROLES = frozenset({"member", "admin", "manager"})
 
@@ -74,11 +75,13 @@ class Preflight:
         place: OpenStackPlace,
         network: Network,
         servers: Servers,
+        images: Images,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock`: seconds since the epoch."""
         self._api, self._place, self._network, self._servers, self._clock = api, place, network, servers, clock
         self._single = False  # whether state will be on the machine's own disk
+        self._images_of = images
 
     def run(self, demand: Demand, *, probe: bool = False) -> list[Finding]:
         """All findings; those that need no connection or no catalogue first."""
@@ -102,7 +105,8 @@ class Preflight:
             ("flavor", lambda: self._flavor(demand)),
             ("zone", self._zone),
             ("network", self._net),
-            ("image formats", lambda: self._images(demand)),
+            ("boot", lambda: self._boot(demand)),
+            ("signature", self._signature),
             ("quota of compute", lambda: self._compute_quota(demand)),
             ("quota of network", lambda: self._network_quota(demand)),
         ]
@@ -269,18 +273,37 @@ class Preflight:
             found.append(Finding("network", "fail", f"Neutron lacks {', '.join(missing)}", fix))
         return found
 
-    def _images(self, demand: Demand) -> list[Finding]:
+    def _boot(self, demand: Demand) -> list[Finding]:
+        """Whether the images boot as the spec says; if not, whether they would the other way."""
         schema = self._api.get("image", "/schemas/image", "ask Glance for its formats") or {}
         allowed = ((schema.get("properties") or {}).get("disk_format") or {}).get("enum") or []
-        missing = [f for f in FORMATS if allowed and f not in allowed]
-        found = []
-        if missing:
-            fix = f"disk_formats in glance-api.conf must have {', '.join(FORMATS)}"
-            found.append(Finding("image formats", "fail", f"Glance does not take {', '.join(missing)}", fix))
+
+        def lacking(formats: tuple[str, ...]) -> list[tuple[str, str]]:
+            missing = [f for f in formats if allowed and f not in allowed]
+            fix = f"disk_formats in glance-api.conf must have {', '.join(formats)}"
+            return [(f"Glance does not take {', '.join(missing)}", fix)] if missing else []
+
+        kernel, uefi = lacking(FORMATS), lacking(UEFI_FORMATS)
         if len(demand.command_line) > MAX_COMMAND_LINE:
             text = f"the kernel's command line has {len(demand.command_line)} characters, Nova keeps {MAX_COMMAND_LINE}"
-            found.append(Finding("image formats", "fail", text, "shorten command_line in the image's recipe"))
-        return found or [Finding("image formats", "ok", ", ".join(FORMATS))]
+            kernel.append((text, "shorten command_line in the image's recipe"))
+        if demand.no_disk:
+            text = f"images without a disk that UEFI boots: {', '.join(demand.no_disk)}"
+            uefi.append((text, f"cloudfit image build {' '.join(demand.no_disk)}"))
+        asked, other = (uefi, kernel) if self._place.boot == "uefi" else (kernel, uefi)
+        instead = "" if other else f", or boot: {'kernel' if self._place.boot == 'uefi' else 'uefi'} in the spec"
+        if asked:
+            return [Finding("boot", "fail", text, fix + instead) for text, fix in asked]
+        if self._place.boot == "uefi":
+            text = "by UEFI; that the hosts have OVMF for q35 shows with the first server" + instead
+            return [Finding("boot", "ok", text)]
+        return [Finding("boot", "ok", f"by kernel_id, ramdisk_id and os_command_line{instead}")]
+
+    def _signature(self) -> list[Finding]:
+        if not self._place.certificate:
+            return [Finding("signature", "ok", "images are not signed for the cloud")]
+        self._images_of.check_key()
+        return [Finding("signature", "ok", f"by {self._place.signing_key}, certificate {self._place.certificate}")]
 
     def _volume_type(self) -> list[Finding]:
         if not self._place.volume_type:

@@ -55,7 +55,8 @@ def _demand(context: Context, spec: GroupSpec, cloud: CloudSpec, images: dict[st
         memory_mib=spec.sizes.memory_mib,
         cpus=spec.sizes.cpus,
         state_mib=spec.sizes.state_mib,
-        root_bytes=max((p.offset + p.size for m in here for p in m.parts if p.name in ("root", "verity")), default=0),
+        root_bytes=max((m.disk_bytes for m in here), default=0),
+        no_disk=tuple(sorted({m.name for m in here if not m.disk})),
         command_line=max((m.command_line for m in here), key=len, default=""),
         recovery_command_line=_recovery_command_line(context, cloud),
     )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from cloudfit_orchestrator.controller import yaml_nodes
+from cloudfit_orchestrator.controller.image_rules import ImageRules, Signature
 from cloudfit_orchestrator.controller.yaml_nodes import Document, Problem
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Algorithm, Parameters
@@ -99,6 +100,8 @@ class _OpenStack(_Strict):
     volume_type: Annotated[str, StringConstraints(max_length=255)] = ""
     state: Literal["", "volume", "instance"] = ""
     clients: Annotated[list[Annotated[str, BeforeValidator(_any_cidr)]], Field(max_length=64)] = []
+    boot: Literal["kernel", "uefi"] = "kernel"
+    images: ImageRules = ImageRules()
     agent: _HostAgent | None = None
 
 
@@ -259,6 +262,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "libvirt": _Libvirt,
     "process": _Process,
     "openstack": _OpenStack,
+    "images": ImageRules,
+    "signature": Signature,
     "agent": _Agent,
 }
 _HOST_AGENT_KEYS = ("openstack", "agent")
@@ -442,6 +447,7 @@ def _cloud_spec(c: _Cloud) -> CloudSpec:
 
 def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:
     agent = o.agent or _HostAgent()
+    signature = o.images.signature
     place = OpenStackPlace(
         cloud=o.cloud,
         flavor=o.flavor,
@@ -452,6 +458,11 @@ def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:
         state=o.state,
         clients=tuple(o.clients),
         hypervisor=agent.hypervisor,
+        boot=o.boot,
+        hidden=o.images.hidden,
+        protected=o.images.protected,
+        certificate=signature.certificate if signature else "",
+        signing_key=signature.key if signature else "",
     )
     uri = f"openstack+ssh://{agent.ssh}" if agent.ssh else "openstack:"
     return CloudSpec(name, "openstack", uri, "", agent.socket, place)

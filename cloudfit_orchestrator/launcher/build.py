@@ -8,11 +8,12 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloudfit_orchestrator.launcher import kernel, root, verity
+from cloudfit_orchestrator.launcher import boot_disk, kernel, root, uki, verity
 from cloudfit_orchestrator.launcher.measure import range_digest
 from cloudfit_orchestrator.launcher.packages import Apt, Package, extract_deb, fetch_wheels
 from cloudfit_orchestrator.launcher.recipe import Recipe, load_recipe
 from cloudfit_orchestrator.launcher.store import (
+    BOOT_FILE,
     INITRAMFS_FILE,
     KERNEL_FILE,
     MANIFEST_FILE,
@@ -44,6 +45,7 @@ class _Inputs:
     wheels: list[Package]
     kernel: Package
     initramfs: list[Package]
+    stub: Package | None
 
 
 def build_image(recipe: Path | str, store: Path, key: Ed25519PrivateKey, progress: Callable[[str], None]) -> BuiltImage:
@@ -78,7 +80,13 @@ def _build(
     tree = _root_tree(recipe, inputs, store, work, progress)
     progress("writing the root with its hash tree")
     tree_hash = verity.make_root(tree, image / ROOT_FILE)
-    manifest = _manifest(recipe, inputs, image, tree_hash)
+    command_line = f"{recipe.base.kernel.command_line} {tree_hash.argument()}"
+    before = 0
+    if recipe.base.uefi is not None and inputs.stub is not None:
+        progress("making the disk's frame for UEFI")
+        extract_deb(inputs.stub, store.blobs, work / "stub")
+        before = _boot_disk(kernel.find(work / "stub", recipe.base.uefi.stub), command_line, image)
+    manifest = _manifest(recipe, inputs, image, tree_hash, command_line, before)
     envelope = seal_manifest(manifest, key)
     (image / MANIFEST_FILE).write_bytes(envelope)
     digest = manifest_digest(envelope)
@@ -94,7 +102,8 @@ def _fetch(recipe: Recipe, store: Store, work: Path, progress: Callable[[str], N
     scratch.mkdir()
     apt = Apt(base.release, scratch)
     kernel_name = apt.depends_on(base.kernel.package)
-    resolved = {p.name: p for p in apt.resolve([*base.packages, *base.initramfs.packages, kernel_name])}
+    stub = [base.uefi.package] if base.uefi is not None else []
+    resolved = {p.name: p for p in apt.resolve([*base.packages, *base.initramfs.packages, kernel_name, *stub])}
     apt.fetch(resolved.values(), store.blobs, progress)
     wheels = fetch_wheels(
         base.wheels,
@@ -109,6 +118,7 @@ def _fetch(recipe: Recipe, store: Store, work: Path, progress: Callable[[str], N
         wheels=wheels,
         kernel=resolved[kernel_name],
         initramfs=[resolved[n] for n in sorted(base.initramfs.packages)],
+        stub=resolved[stub[0]] if stub else None,
     )
 
 
@@ -155,20 +165,35 @@ def _root_tree(recipe: Recipe, inputs: _Inputs, store: Store, work: Path, progre
     return tree
 
 
-def _manifest(recipe: Recipe, inputs: _Inputs, image: Path, tree: verity.Verity) -> Manifest:
+def _boot_disk(stub: bytes, command_line: str, image: Path) -> int:
+    """Write what stands on a disk before and behind the root; the bytes before it."""
+    initramfs, kernel_bytes = ((image / name).read_bytes() for name in (INITRAMFS_FILE, KERNEL_FILE))
+    program = uki.make_uki(stub, command_line, initramfs, kernel_bytes)
+    before, behind = boot_disk.frame(program, (image / ROOT_FILE).stat().st_size)
+    (image / BOOT_FILE).write_bytes(before + behind)
+    return len(before)
+
+
+def _manifest(
+    recipe: Recipe, inputs: _Inputs, image: Path, tree: verity.Verity, command_line: str, before: int
+) -> Manifest:
     split = tree.blocks * verity.BLOCK
-    ranges = (
+    ranges = [
         ("kernel", KERNEL_FILE, 0, (image / KERNEL_FILE).stat().st_size),
         ("initramfs", INITRAMFS_FILE, 0, (image / INITRAMFS_FILE).stat().st_size),
         ("root", ROOT_FILE, 0, split),
         ("verity", ROOT_FILE, split, (image / ROOT_FILE).stat().st_size - split),
-    )
+    ]
     packages = {*inputs.debs, *inputs.wheels, *inputs.initramfs, inputs.kernel}
+    if inputs.stub is not None:
+        ranges.append(("esp", BOOT_FILE, 0, before))
+        ranges.append(("gpt", BOOT_FILE, before, (image / BOOT_FILE).stat().st_size - before))
+        packages.add(inputs.stub)
     return Manifest(
         name=recipe.name,
         role=recipe.role,
         adversary=recipe.adversary,
-        command_line=f"{recipe.base.kernel.command_line} {tree.argument()}",
+        command_line=command_line,
         verity_root=tree.root,
         parts=tuple(
             Part(name, file, offset, size, range_digest(image / file, offset, size))

@@ -95,12 +95,12 @@ def make_initramfs(kernel_tree: Path, tools_tree: Path, kernel: KernelRecipe, re
     archive.device("dev/console", 5, 1)  # the kernel opens it before the init script mounts /dev
     archive.file("init", INIT_SCRIPT.read_bytes(), executable=True)
     for program in recipe.programs:
-        archive.file(program, _find(tools_tree, program), executable=True)
+        archive.file(program, find(tools_tree, program), executable=True)
     for applet in _APPLETS:
         archive.link(f"bin/{applet}", "busybox")
     for library in recipe.libraries:
         name = library if "/" in library else f"lib/x86_64-linux-gnu/{library}"
-        archive.file(name, _find(tools_tree, library), executable=True)
+        archive.file(name, find(tools_tree, library), executable=True)
     names = []
     for module in load_order(kernel_tree, kernel_version(kernel_tree), kernel.modules):
         names.append(module.name)
@@ -121,8 +121,11 @@ def copy_kernel(tree: Path, path: Path) -> None:
     shutil.copyfile(tree / "boot" / f"vmlinuz-{kernel_version(tree)}", path)
 
 
-def _find(tree: Path, name: str) -> bytes:
-    """The content of `name` below `tree`; absolute links in packages point into the tree, not at the host."""
+def find(tree: Path, name: str) -> bytes:
+    """The content of `name` below `tree`; absolute links in packages point into the tree, not at the host.
+
+    Raises PermanentError if there is none.
+    """
     candidates = [tree / name] if "/" in name else [tree / d / name for d in _LIBRARY_DIRECTORIES]
     for path in candidates:
         target = path
@@ -131,4 +134,4 @@ def _find(tree: Path, name: str) -> bytes:
             target = tree / link.relative_to("/") if link.is_absolute() else target.parent / link
         if target.is_file():
             return target.read_bytes()
-    raise PermanentError(f"no package of the initramfs holds {name}", next_command="correct [initramfs] in the recipe")
+    raise PermanentError(f"no package of the recipe holds {name}", next_command="correct [initramfs] or [uefi] in it")

@@ -32,6 +32,14 @@ class InitramfsRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class UefiRecipe:
+    """What makes a disk that UEFI boots: systemd's EFI stub, by its package and its path in it."""
+
+    package: str
+    stub: str
+
+
+@dataclass(frozen=True, slots=True)
 class BaseRecipe:
     """What the images of one lineage have in common: packages, wheels, kernel, initramfs."""
 
@@ -45,6 +53,7 @@ class BaseRecipe:
     prune: tuple[str, ...]
     kernel: KernelRecipe
     initramfs: InitramfsRecipe
+    uefi: UefiRecipe | None  # None: the images boot directly only
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +107,9 @@ def load_recipe(recipe: Path | str) -> Recipe:
 
 def _load_base(path: Path) -> BaseRecipe:
     doc = _read(path)
+    uefi = doc.pop("uefi", None)
     parts = {name: doc.pop(name, None) for name in ("kernel", "initramfs")}
-    for name, part in parts.items():
+    for name, part in (parts | ({} if uefi is None else {"uefi": uefi})).items():
         if not isinstance(part, dict):
             raise BadInputError(f"{path}: no table [{name}]")
     return _make(
@@ -108,6 +118,7 @@ def _load_base(path: Path) -> BaseRecipe:
         path,
         kernel=_make(KernelRecipe, dict(parts["kernel"] or {}), path),
         initramfs=_make(InitramfsRecipe, dict(parts["initramfs"] or {}), path),
+        uefi=None if uefi is None else _make(UefiRecipe, dict(uefi), path),
     )
 
 

@@ -1,6 +1,6 @@
 """The secure image launcher's judgement: an image is launched only if every byte that can change what runs is signed.
 
-1. The directory holds exactly the files of an image.
+1. The directory holds exactly the files of an image, with or without those that UEFI needs.
 2. The manifest is signed by a trusted key, and its digest is the directory's name.
 3. What the manifest says of itself is coherent.
 4. Each file has its signed size, each part its signed digest.
@@ -16,12 +16,21 @@ from pathlib import Path
 
 from cloudfit_orchestrator.launcher import verity
 from cloudfit_orchestrator.launcher.measure import range_digest
-from cloudfit_orchestrator.launcher.store import FILES, INITRAMFS_FILE, KERNEL_FILE, MANIFEST_FILE, ROOT_FILE, Store
+from cloudfit_orchestrator.launcher.store import (
+    BOOT_FILE,
+    FILES,
+    INITRAMFS_FILE,
+    KERNEL_FILE,
+    MANIFEST_FILE,
+    ROOT_FILE,
+    Store,
+)
 from cloudfit_orchestrator.model.envelope import MAX_ENVELOPE_BYTES
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, RefusedError
 from cloudfit_orchestrator.model.image import Manifest, manifest_digest, open_manifest
 
 _PART_FILES = {"kernel": KERNEL_FILE, "initramfs": INITRAMFS_FILE, "root": ROOT_FILE, "verity": ROOT_FILE}
+_UEFI_FILES = {"esp": BOOT_FILE, "gpt": BOOT_FILE}
 _NEXT = "cloudfit image build, or copy the image again from where it was built"
 
 
@@ -39,8 +48,8 @@ class StoredImage:
 def verify_image(directory: Path, trusted_keys: Sequence[bytes], *, allow_adversary: bool = False) -> Manifest:
     """Verify the image in `directory` against raw Ed25519 public keys and return its manifest.
 
-    Raises BadError naming the part (manifest, kernel, initramfs, root, verity) that is wrong, RefusedError for an
-    adversary image where none is allowed, BadInputError if there is no such directory.
+    Raises BadError naming the part (manifest, kernel, initramfs, root, verity, esp, gpt) that is wrong, RefusedError
+    for an adversary image where none is allowed, BadInputError if there is no such directory.
     """
     try:
         manifest = _verified_manifest(directory, trusted_keys)
@@ -87,12 +96,13 @@ def _verified_manifest(directory: Path, trusted_keys: Sequence[bytes]) -> Manife
     if not directory.is_dir():
         raise BadInputError(f"no image directory {directory}", next_command="cloudfit image list")
     found = {path.name for path in directory.iterdir()}
-    for name in FILES:
+    files = (*FILES, *({BOOT_FILE} & found))
+    for name in files:
         if name not in found:
             raise BadError(f"{_parts_of(name)}: the file {name} is missing")
         if not (directory / name).is_file() or (directory / name).is_symlink():
             raise BadError(f"{_parts_of(name)}: {name} is not a regular file")
-    if extra := sorted(found - set(FILES)):
+    if extra := sorted(found - set(files)):
         raise BadError(f"the file {extra[0]!r} is no part of an image")
     with (directory / MANIFEST_FILE).open("rb") as file:
         envelope = file.read(MAX_ENVELOPE_BYTES + 1)
@@ -103,16 +113,18 @@ def _verified_manifest(directory: Path, trusted_keys: Sequence[bytes]) -> Manife
     digest = manifest_digest(envelope)
     if directory.resolve().name.startswith("sha256-") and directory.resolve().name != digest.replace(":", "-"):
         raise BadError(f"manifest: its digest is {digest}, the directory names another")
-    _check_coherence(manifest)
+    _check_coherence(manifest, uefi=BOOT_FILE in found)
     return manifest
 
 
-def _check_coherence(manifest: Manifest) -> None:
+def _check_coherence(manifest: Manifest, *, uefi: bool) -> None:
     """What is signed must also make sense: a careless signer must not get an image past the other steps."""
-    if [(p.name, p.file) for p in manifest.parts] != list(_PART_FILES.items()):
-        raise BadError(f"manifest: its parts are not exactly {', '.join(_PART_FILES)}")
+    expected = _PART_FILES | (_UEFI_FILES if uefi else {})
+    if [(p.name, p.file) for p in manifest.parts] != list(expected.items()):
+        raise BadError(f"manifest: its parts are not exactly {', '.join(expected)}")
     for part in manifest.parts:
-        if part.size <= 0 or part.offset != (manifest.part("root").size if part.name == "verity" else 0):
+        before = {"verity": "root", "gpt": "esp"}.get(part.name)
+        if part.size <= 0 or part.offset != (manifest.part(before).size if before else 0):
             raise BadError(f"manifest: {part.name} has offset {part.offset} and size {part.size}")
     try:
         tree = verity.parse_command_line(manifest.command_line)
@@ -125,7 +137,7 @@ def _check_coherence(manifest: Manifest) -> None:
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
-    for name in FILES[1:]:
+    for name in dict.fromkeys(p.file for p in manifest.parts):
         parts = [p for p in manifest.parts if p.file == name]
         signed = max(p.offset + p.size for p in parts)
         size = (directory / name).stat().st_size
@@ -142,4 +154,4 @@ def _check_digests(directory: Path, manifest: Manifest) -> None:
 
 
 def _parts_of(file: str) -> str:
-    return " and ".join(part for part, name in _PART_FILES.items() if name == file) or "manifest"
+    return " and ".join(part for part, name in (_PART_FILES | _UEFI_FILES).items() if name == file) or "manifest"

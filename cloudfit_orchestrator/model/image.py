@@ -27,7 +27,7 @@ class Role(StrEnum):
 class Part:
     """A measured part: a whole file, or the bytes [offset, offset + size) of one."""
 
-    name: str  # kernel | initramfs | root | verity
+    name: str  # kernel | initramfs | root | verity, and of an image that UEFI boots too esp | gpt
     file: str  # name inside the image's directory
     offset: int
     size: int
@@ -53,6 +53,19 @@ class Manifest:
             if part.name == name:
                 return part
         raise BadError(f"image manifest of {self.name} has no part {name!r}")
+
+    @property
+    def disk(self) -> tuple[Part, ...]:
+        """The parts that, one behind the other, are the disk that UEFI boots; empty if the image has none."""
+        names = ("esp", "root", "verity", "gpt")
+        found = tuple(p for name in names for p in self.parts if p.name == name)
+        return found if len(found) == len(names) else ()
+
+    @property
+    def disk_bytes(self) -> int:
+        """The size of the largest disk that is made of it, however it boots; 0 if it has none."""
+        roots = max((p.offset + p.size for p in self.parts if p.name in ("root", "verity")), default=0)
+        return max(roots, sum(p.size for p in self.disk))
 
 
 def manifest_digest(envelope: bytes) -> str:

@@ -18,6 +18,13 @@ class OpenStackPlace:
     state: str = ""  # volume | instance (the machine's own disk); empty: a volume where there is Cinder
     clients: tuple[str, ...] = ()  # CIDRs from which clients come; this host is always let in
     hypervisor: str = "qemu:///system"  # libvirt URI of the compute host, as its agent names it
+    boot: str = "kernel"  # kernel: kernel_id, ramdisk_id, os_command_line; uefi: a disk of the same root
+    hidden: bool = False  # our images are not in Glance's default listings
+    protected: bool = False  # nobody deletes them but we, who take the protection off first
+    certificate: str = (
+        ""  # UUID, in the cloud's key manager, of the certificate that images are signed for; or unsigned
+    )
+    signing_key: str = ""  # its key: a name under the home's keys
 
 
 @dataclass(frozen=True, slots=True)

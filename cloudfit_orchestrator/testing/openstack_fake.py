@@ -5,7 +5,6 @@ with a snapshot is not deleted; an address is given once; a security group that 
 server is a 409. Tests reach into `objects` to play a stranger or an administrator, and into `wrong` to make it fail.
 """
 
-import hashlib
 import ipaddress
 import json
 import re
@@ -18,7 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from cloudfit_orchestrator.testing.openstack_objects import PROJECT, Objects, Refuse
+from cloudfit_orchestrator.testing.openstack_fake_glance import Glance
+from cloudfit_orchestrator.testing.openstack_objects import PROJECT, Refuse
 
 USER, PASSWORD, REGION = "u" * 32, "the-secret-word", "Lisbon"
 CIDR, GATEWAY = "127.77.0.0/24", "127.77.0.1"  # of loopback: this host has a route to it
@@ -38,7 +38,7 @@ class Wrong:
     services: set[str] = field(default_factory=set)  # catalogue entries that are missing
 
 
-class FakeOpenStack(Objects):
+class FakeOpenStack(Glance):
     """One cloud with one project. All state is in `objects`: kind -> id -> document."""
 
     def __init__(self) -> None:
@@ -62,6 +62,7 @@ class FakeOpenStack(Objects):
                               "totalSnapshotsUsed": 0, "maxTotalVolumeGigabytes": 100,
                               "totalGigabytesUsed": 0}  # fmt: skip
         self.max_microversion = "2.93"
+        self.image_formats = ["aki", "ari", "raw", "qcow2", "iso"]
         self.roles = ["member"]
         self.expired: set[str] = set()
         self.url = ""
@@ -252,9 +253,8 @@ class FakeOpenStack(Objects):
         if wanted["flavorRef"] not in [f["id"] for f in self.flavors]:
             raise Refuse(400, "Flavor could not be found.")
         image = self._get("images", wanted["imageRef"], 400)
-        if image["status"] != "active" or any(
-            image[k] not in self.objects["images"] for k in ("kernel_id", "ramdisk_id")
-        ):
+        named = () if image.get("hw_firmware_type") == "uefi" else ("kernel_id", "ramdisk_id")
+        if image["status"] != "active" or any(image[k] not in self.objects["images"] for k in named):
             raise Refuse(400, "Image is not active.")
         ports = [self._get("ports", n["port"], 400) for n in wanted["networks"]] if wanted["networks"] != "none" else []
         for port in ports:
@@ -328,37 +328,6 @@ class FakeOpenStack(Objects):
             return 200, {"server_group": self._new("server_groups", {**body["server_group"], "members": []})}
         self._get("server_groups", parts[1])
         del self.objects["server_groups"][parts[1]]
-        return 204, None
-
-    # Glance
-
-    def _image(self, method: str, path: str, query: dict[str, str], body: Any, raw: bytes) -> tuple[int, Any]:
-        parts = path.strip("/").split("/")
-        if method == "GET" and path == "/images":
-            found = self._listed("images", query, tuple(k for k in query if k not in ("tag", "limit")))
-            return 200, {"images": [i for i in found if "tag" not in query or query["tag"] in i["tags"]]}
-        if method == "POST":
-            if body["id"] in self.objects["images"] or body["id"] in self.files:
-                raise Refuse(409, "Image ID already exists!")
-            return 201, self._shown(self._new("images", {**body, "status": "queued", "owner": PROJECT}, body["id"]))
-        image = self._get("images", parts[1])
-        if method == "GET":
-            return 200, self._shown(image)
-        if method == "DELETE":
-            del self.objects["images"][parts[1]]
-            self.files.setdefault(parts[1], b"")  # Glance gives no id twice
-            return 204, None
-        if method == "PATCH":
-            image.update({change["path"].removeprefix("/"): change["value"] for change in body})
-            return 200, self._shown(image)
-        if image["status"] != "queued":
-            raise Refuse(409, f"Image status transition from {image['status']} to saving is not allowed")
-        if self.wrong.spoil_uploads > 0:
-            self.wrong.spoil_uploads -= 1
-            raw = raw[:-1] + b"?"
-        self.files[parts[1]] = raw
-        digest = hashlib.sha512(raw).hexdigest()
-        image.update(status="active", size=len(raw), os_hash_algo="sha512", os_hash_value=digest)
         return 204, None
 
     # Neutron

@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import datetime as dt
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,20 +119,32 @@ class Agent:
 
         async def find() -> str:
             nonlocal path
-            path = await asyncio.to_thread(find_channel, order.machine.uri, order.machine.uuid)
+            with self._losing(guest, measured):
+                path = await asyncio.to_thread(find_channel, order.machine.uri, order.machine.uuid, measured.once)
             return path
 
         async def verify() -> None:
             if order.machine.driver == "process":
                 return  # not isolated anyway; a process that is started again has another id
-            again = await self._measure(order.machine, manifest)
-            if again.channel != path:
-                raise BadError(f"domain definition: the channel of {machine} has moved")
+            with self._losing(guest, measured):
+                again = await self._measure(order.machine, manifest)
+                if again.channel != path or again.once != measured.once:
+                    raise BadError(f"domain definition: the channel of {machine} has moved")
 
         channel = self._serve(guest, find if measured.nova else path, verify)
         if measured.nova:
             self._watch.add(order.machine.uri, machine, channel.try_again, lambda why: self._lose(guest, why))
         return guest.launch
+
+    @contextlib.contextmanager
+    def _losing(self, guest: Guest, measured: Measured) -> Iterator[None]:
+        """A machine that may start once, and is not what was measured any more, is lost: no waiting mends it."""
+        try:
+            yield
+        except BadError as error:
+            if measured.once:
+                self._lose(guest, error.fact)
+            raise
 
     def _lose(self, guest: Guest, why: str) -> None:
         """The machine has left this host: whatever comes back under its name is not the one that the epochs are of."""

@@ -20,6 +20,7 @@ from cloudfit_orchestrator.model.channel import PORT_NAME
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, PermanentError, TemporaryError, UnknownError
 from cloudfit_orchestrator.model.image import Manifest, Part
 from cloudfit_orchestrator.model.one_disk import Carried, carried
+from cloudfit_orchestrator.wormhole import uefi
 
 CHUNK_BYTES = 4 << 20
 NO_IMAGE = "sha256:" + "0" * 64  # of a process that was admitted without a manifest
@@ -32,6 +33,8 @@ _OS = frozenset({"type", "kernel", "initrd", "cmdline", "boot", "bios"})
 # (OEM strings, fw_cfg) can carry orders to a guest's first process, and is refused.
 _NOVA_DEVICES = frozenset({"graphics"})
 _NOVA_OS = frozenset({"smbios"})
+_UEFI_OS = frozenset({"type", "loader", "nvram", "boot", "smbios"})
+_ENDS = ("on_poweroff", "on_reboot", "on_crash")  # of a hypervisor's process: what follows on each
 _NOVA = "metadata/{*}instance"
 _NOVA_SPACE = "{http://openstack.org/xmlns/libvirt/nova/"
 _VOLATILE = ("seclabel", "metadata", "resource")  # host state, and the driver's own notes, which nothing runs by
@@ -55,6 +58,7 @@ class Measured:
     channel: str
     isolated: bool
     nova: bool = False  # a server of Nova's: its channel was attached by an agent, and goes with each hard reboot
+    once: str = ""  # of a machine that starts once, because its guest writes to what it boots from: which start it is
 
 
 def measure_process(pid: int, socket: str) -> Measured:
@@ -136,7 +140,12 @@ def measure_domain(domain: ET.Element, manifest: Manifest) -> Measured:
     if channel is None:
         raise BadError(f"domain definition: has no unix channel {PORT_NAME}")
     return Measured(
-        domain.findtext("uuid") or "", canonical_digest(domain), channel, isolated=True, nova=is_nova(domain)
+        domain.findtext("uuid") or "",
+        canonical_digest(domain),
+        channel,
+        isolated=True,
+        nova=is_nova(domain),
+        once=domain.get("id", "") if by_uefi(domain) else "",
     )
 
 
@@ -146,15 +155,31 @@ def is_nova(domain: ET.Element) -> bool:
     return found is not None and found.tag.startswith(_NOVA_SPACE)
 
 
-def check_boot(domain: ET.Element, manifest: Manifest) -> None:
-    """Everything but the channel. Raises BadError naming the part that differs."""
+def by_uefi(domain: ET.Element) -> bool:
+    """Whether a server of Nova's boots by UEFI from its own disk, which its guest writes to."""
+    return is_nova(domain) and domain.find("os/loader") is not None and domain.find("os/kernel") is None
+
+
+def check_boot(domain: ET.Element, manifest: Manifest, *, may_reset: bool = False) -> None:
+    """Everything but the channel. Raises BadError naming the part that differs.
+
+    `may_reset`: one that starts once only may still be reset so far; its agent is about to end that.
+    """
     _check_shape(domain)
+    if by_uefi(domain):
+        ends = [tag for tag in _ENDS if domain.findtext(tag) != "destroy"]
+        if set(ends) - ({"on_reboot"} if may_reset else set()):
+            raise BadError(
+                f"domain definition: {ends[-1]} is not destroy: it would start again, from what its guest wrote"
+            )
+        _check_uefi(domain, manifest)
+        return
     command_line = domain.findtext("os/cmdline") or ""
     if command_line != manifest.command_line:
         raise BadError(
             f"command line of the domain is {command_line!r:.300}, the manifest says {manifest.command_line!r:.300}"
         )
-    root = _nova_root(domain) if is_nova(domain) else _root_disk(domain)
+    root = _nova_disk(domain)[0] if is_nova(domain) else _root_disk(domain)
     initramfs = _boot_file(domain, "initramfs", "initrd")
     _check_part(manifest.part("kernel"), _boot_file(domain, "kernel", "kernel"), whole=True)
     layout = carried(manifest)
@@ -203,7 +228,8 @@ def _check_shape(domain: ET.Element) -> None:
     if foreign:
         raise BadError(f"domain definition: {foreign[0]} passes arguments to the hypervisor")
     if (domain.find("os") is None) or (
-        extra := {child.tag for child in domain.iterfind("os/*")} - (_OS | _NOVA_OS if nova else _OS)
+        extra := {child.tag for child in domain.iterfind("os/*")}
+        - (_UEFI_OS if by_uefi(domain) else _OS | _NOVA_OS if nova else _OS)
     ):
         raise BadError(
             f"domain definition: boots by {sorted(extra) if domain.find('os') is not None else 'no os element'}"
@@ -233,11 +259,51 @@ def _root_disk(domain: ET.Element) -> str:
     return source
 
 
-def _nova_root(domain: ET.Element) -> str:
-    """The file with what Nova copied from Glance: the base below the instance's overlay, or its raw disk.
+def _check_uefi(domain: ET.Element, manifest: Manifest) -> None:
+    """What firmware boots: the disk that the manifest says, which nobody wrote over before this start, and it alone."""
+    if not manifest.disk:
+        raise BadError(f"esp: image {manifest.name} has no disk that UEFI boots", next_command="cloudfit image build")
+    if [boot.get("dev") for boot in domain.iterfind("os/boot")] != ["hd"] or domain.find("devices/*/boot") is not None:
+        raise BadError("domain definition: firmware is to boot something else than the first disk")
+    if any(disk.get("device", "disk") != "disk" for disk in domain.iterfind("devices/disk")):
+        raise BadError("domain definition: has a medium that firmware could boot")
+    _check_firmware(domain)
+    base, overlay = _nova_disk(domain)
+    if overlay is None:
+        raise BadError("root: disk vda has no base, so its guest writes over it: nova.conf needs images_type = qcow2")
+    offset = 0
+    for part in manifest.disk:
+        _check_part(replace(part, offset=offset), base, whole=False)
+        offset += part.size
+    if Path(base).stat().st_size != offset:
+        raise BadError(f"gpt: {base} has more than the {offset} bytes of the image")
+    own = uefi.own_block(overlay, offset)
+    if own is not None:
+        ends = [sum(p.size for p in manifest.disk[: i + 1]) for i in range(len(manifest.disk))]
+        name = next(p.name for p, end in zip(manifest.disk, ends, strict=True) if own < end)
+        raise BadError(f"{name}: the guest wrote over its disk at {own}: what it booted from is not the image any more")
 
-    What the guest wrote above the base is not measured: dm-verity, whose root hash stands in the command line, reads
-    nothing that differs. So this comparison only tells early that a server boots an image that cannot work.
+
+def _check_firmware(domain: ET.Element) -> None:
+    loader = domain.find("os/loader")
+    assert loader is not None
+    if loader.get("type") != "pflash" or loader.get("readonly") != "yes" or not loader.text:
+        raise BadError("firmware: the loader is no read-only flash")
+    try:
+        status = Path(loader.text).stat()
+    except OSError as error:
+        raise UnknownError(f"firmware: cannot look at {loader.text}: {error.strerror}") from error
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise BadError(f"firmware: {loader.text} can be written by others than root")
+    uefi.check_variables(domain.findtext("os/nvram") or "")
+
+
+def _nova_disk(domain: ET.Element) -> tuple[str, str | None]:
+    """The file with what Nova copied from Glance, and the overlay above it; or its raw disk, with no overlay.
+
+    With direct kernel boot what the guest wrote above the base is not measured: dm-verity, whose root hash stands in
+    the command line, reads nothing that differs. So there the comparison only tells early that a server boots an image
+    that cannot work.
     """
     disks = [disk for disk in domain.iterfind("devices/disk") if _attribute(disk, "target", "dev") == "vda"]
     if len(disks) != 1:
@@ -245,7 +311,7 @@ def _nova_root(domain: ET.Element) -> str:
     disk = disks[0]
     base = disk.find("backingStore")
     backed = base is not None and base.find("source") is not None
-    kind = _attribute(disk, "driver", "type")
+    kind, overlay = _attribute(disk, "driver", "type"), None
     if disk.get("type") == "file" and kind == "raw" and not backed:
         path = _attribute(disk, "source", "file")
     elif disk.get("type") == "file" and kind == "qcow2" and base is not None and backed:
@@ -253,14 +319,14 @@ def _nova_root(domain: ET.Element) -> str:
             raise BadError("root: the base of disk vda is no raw file: nova.conf needs force_raw_images = true")
         if base.find("backingStore/source") is not None:
             raise BadError("root: the base of disk vda stands on a further file")
-        path = _attribute(base, "source", "file")
+        path, overlay = _attribute(base, "source", "file"), _attribute(disk, "source", "file") or ""
     else:
         raise BadError(
             "root: disk vda is neither a raw file nor an overlay: nova.conf needs images_type = qcow2 or raw"
         )
     if not path:
         raise BadError("root: disk vda names no file")
-    return path
+    return path, overlay
 
 
 def channel_of(domain: ET.Element) -> str | None:

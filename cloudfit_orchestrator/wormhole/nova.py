@@ -5,6 +5,9 @@ the domain anew without it. So it is looked for, and attached if it is missing, 
 follows, as for every new process of a hypervisor. Epochs outlive a reboot, as their counter is here and only grows.
 They end when the machine leaves the host: at once when it is migrated; when it is undefined, only after a while,
 because Nova undefines and defines again in each hard reboot, and an event does not say which of the two it is.
+
+A server that boots by UEFI starts once: its firmware boots from a disk that its guest writes to, so what a second start
+would run is not measured. Resets end its hypervisor's process, and no channel is attached to another process of it.
 """
 
 import asyncio
@@ -19,10 +22,11 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from cloudfit_orchestrator.model.channel import PORT_NAME
-from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, UnknownError
+from cloudfit_orchestrator.model.errors import BadError, CloudfitError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.image import Manifest
 from cloudfit_orchestrator.wormhole.measure import (
     Measured,
+    by_uefi,
     channel_of,
     check_boot,
     check_local,
@@ -35,6 +39,8 @@ from cloudfit_orchestrator.wormhole.measure import (
 GONE_S = 300.0  # without a domain: a hard reboot of a busy host takes a minute or two, with volumes and ports
 BACK_OFF_S = (0.5, 30.0)  # before connecting to libvirtd again: first, longest
 KEEP_ALIVE = (5, 6)  # seconds, tries: a libvirtd that hangs for half a minute counts as gone
+# From these on a reset that is not wanted ends QEMU itself (set-action); before, libvirt ended it some time after.
+LIBVIRT_VERSION, QEMU_VERSION = 8_000_000, 6_000_000
 _PAUSE_S = 1.0  # after an error of libvirt's event loop, so that one that lasts does not take a processor
 
 _log = logging.getLogger(__name__)
@@ -47,16 +53,23 @@ def measure_attached(uri: str, uuid: str, manifest: Manifest) -> Measured:
     """
     domain = live_definition(uri, uuid)
     if is_nova(domain) and channel_of(domain) is None:
-        check_boot(domain, manifest)
+        check_boot(domain, manifest, may_reset=True)
+        if by_uefi(domain):
+            _end_with_resets(uri, uuid)  # what is measured after this, below, runs until the end
         find_channel(uri, uuid)
         domain = live_definition(uri, uuid)
     return measure_domain(domain, manifest)
 
 
-def find_channel(uri: str, uuid: str) -> str:
-    """The socket of a Nova server's channel, which is attached if there is none. Safe to repeat."""
+def find_channel(uri: str, uuid: str, once: str = "") -> str:
+    """The socket of a Nova server's channel, which is attached if there is none. Safe to repeat.
+
+    Raises BadError if it may start once, which was `once`, and this is another start.
+    """
     domain = live_definition(uri, uuid)
     found = channel_of(domain)
+    if once and (found is None or domain.get("id") != once):
+        raise BadError(f"server {uuid} was started again, from a disk that its guest may have written over")
     if found is not None:
         return found
     if not is_nova(domain):
@@ -72,6 +85,24 @@ def find_channel(uri: str, uuid: str) -> str:
         raise UnknownError(f"server {uuid} lost channel {PORT_NAME} as soon as it had it")
     _log.info("channel attached", extra={"guest": uuid, "socket": found})
     return found
+
+
+def _end_with_resets(uri: str, uuid: str) -> None:
+    """Have the hypervisor's process end where the machine would be reset. Raises PermanentError if it cannot."""
+    import libvirt  # noqa: PLC0415  see measure.running
+
+    with running(uri, uuid, write=True) as domain:
+        connection = domain.connect()
+        if connection.getLibVersion() < LIBVIRT_VERSION or connection.getVersion() < QEMU_VERSION:
+            raise PermanentError(
+                f"server {uuid} boots by UEFI, and its host cannot keep it from starting again",
+                next_command="libvirt 8.0 and QEMU 6.0 or newer there, or boot: kernel in the spec",
+            )
+        domain.setLifecycleAction(
+            libvirt.VIR_DOMAIN_LIFECYCLE_REBOOT,
+            libvirt.VIR_DOMAIN_LIFECYCLE_ACTION_DESTROY,
+            libvirt.VIR_DOMAIN_AFFECT_LIVE,
+        )
 
 
 def _attach(uri: str, uuid: str) -> None:

@@ -100,7 +100,12 @@ def everything(lab):
         found = {
             "servers": c.compute.servers(),
             "server groups": c.compute.server_groups(),
-            "images": (i for i in c.image.images() if i.owner_id == c.current_project_id),
+            "images": (
+                i
+                for hidden in (False, True)
+                for i in c.image.images(is_hidden=hidden)
+                if i.owner_id == c.current_project_id
+            ),
             "ports": c.network.ports(**mine),
             "security groups": c.network.security_groups(**mine),
             "rules": c.network.security_group_rules(**mine),

@@ -25,11 +25,13 @@ from cloudfit_orchestrator.launcher.sil import list_images, verify_image
 from cloudfit_orchestrator.launcher.tools import run
 from cloudfit_orchestrator.model.errors import BadError, PermanentError
 from cloudfit_orchestrator.model.signing import public_bytes
+from cloudfit_orchestrator.wormhole import uefi
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"i" * 32)
 TRUSTED = [public_bytes(KEY)]
+OVMF = Path("/usr/share/OVMF")
 BOOT_TIMEOUT_S = 120  # power-on to the probe's last word takes 5 s on a quiet machine without acceleration
 MAX_ROOT_BYTES = 90_000_000
 
@@ -109,13 +111,47 @@ def command_line(image: Path) -> str:
     return json.loads(base64.b64decode(payload))["predicate"]["command_line"]
 
 
-def boot(image: Path, console: Path, *, until: str, state: Path | None = None, append: str | None = None) -> str:
-    """Boot `image` as it is, without the SIL, until the console shows `until` or the machine ends; the console."""
+def make_disk(image: Path, directory: Path) -> Path:
+    """What Nova makes of the disk that UEFI boots: a base, an overlay `disk` above it, and `variables` of firmware."""
+    with (directory / "base").open("wb") as disk:
+        for part in verify_image(image, TRUSTED).disk:
+            with (image / part.file).open("rb") as file:
+                file.seek(part.offset)
+                disk.write(file.read(part.size))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", directory / "base", "-F", "raw", directory / "disk", "1G")
+    shutil.copyfile(OVMF / "OVMF_VARS_4M.fd", directory / "variables")
+    return directory
+
+
+def boot(
+    image: Path,
+    console: Path,
+    *,
+    until: str,
+    state: Path | None = None,
+    append: str | None = None,
+    disk: Path | None = None,
+) -> str:
+    """Boot `image` as it is, without the SIL, until the console shows `until` or the machine ends; the console.
+
+    `disk`: from this directory of `make_disk`, instead of directly.
+    """
+    if disk is None:
+        how = [
+            "-kernel", image / "vmlinuz", "-initrd", image / "initramfs", "-append", append or command_line(image),
+            "-drive", f"file={image / 'root.img'},format=raw,if=virtio,readonly=on",
+        ]  # fmt: skip
+    else:
+        how = [
+            "-drive", f"if=pflash,format=raw,readonly=on,file={OVMF / 'OVMF_CODE_4M.fd'}",
+            "-drive", f"if=pflash,format=raw,file={disk / 'variables'}",
+            "-drive", f"file={disk / 'disk'},format=qcow2,if=none,id=d",
+            "-device", "virtio-blk-pci,drive=d,bootindex=1",
+        ]  # fmt: skip
     command = [
         "qemu-system-x86_64", "-accel", "tcg", "-M", "q35", "-cpu", "max", "-m", "256", "-nodefaults",
         "-display", "none", "-no-reboot", "-serial", f"file:{console}",
-        "-kernel", image / "vmlinuz", "-initrd", image / "initramfs", "-append", append or command_line(image),
-        "-drive", f"file={image / 'root.img'},format=raw,if=virtio,readonly=on",
+        *how,
         "-netdev", "user,id=n,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat", "-device", "virtio-net-pci,netdev=n",
         "-device", "virtio-serial-pci", "-chardev", "null,id=c",
         "-device", "virtserialport,chardev=c,name=org.cloudfit.wormhole.0",
@@ -162,6 +198,29 @@ def test_an_image_boots_into_its_entry_and_restarts_it(images, tmp_path):
         assert said["gateway"] == "['0202000A']"
         assert re.findall(r"^probe: refused (.*)$", text, re.MULTILINE) == ["nosuch0 ENODEV", "eth0 ENETUNREACH"]
         assert len(json.loads(said["ports"].replace("'", '"'))) == 1
+
+
+def test_by_uefi_it_boots_from_its_disk_and_leaves_that_as_it_is(images, tmp_path):
+    disk = make_disk(images.probe, tmp_path)
+    text = boot(
+        images.probe, tmp_path / "console", until="probe: done", state=make_state(tmp_path / "state"), disk=disk
+    )
+    assert "probe: done" in text, text
+    assert "probe: root EROFS" in text
+    assert "probe: state mounted" in text
+    assert uefi.own_block(str(disk / "disk"), (disk / "base").stat().st_size) is None, "firmware or guest wrote there"
+    uefi.check_variables(str(disk / "variables"))
+    assert (disk / "variables").read_bytes() != (OVMF / "OVMF_VARS_4M.fd").read_bytes(), "firmware kept nothing"
+
+
+def test_by_uefi_verity_stops_an_altered_root_too(images, tmp_path):
+    disk = make_disk(images.probe, tmp_path)
+    size = verify_image(images.probe, TRUSTED).part("esp").size
+    run("qemu-io", "-c", f"write -P 7 {size} 512", disk / "disk")  # erofs looks at none of these bytes
+    assert uefi.own_block(str(disk / "disk"), (disk / "base").stat().st_size) == size // 65536 * 65536
+    console = boot(images.probe, tmp_path / "console", until="never said", disk=disk)
+    assert "cloudfit: init" not in console, console
+    assert "dm-verity device corrupted" in console or "cannot mount the root" in console, console
 
 
 def test_a_device_that_comes_late_is_waited_for_by_the_kernel_s_announcement(tmp_path):

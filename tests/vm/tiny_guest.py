@@ -51,6 +51,15 @@ def _kernel_package() -> str:
     )
 
 
+def extract_package(package: str, work: Path, tree: Path) -> None:
+    """Lay Debian's `package` into `tree`, from apt's archives if it is there, else downloaded to `work`."""
+    cached = sorted(Path("/var/cache/apt/archives").glob(f"{package}_*.deb"))
+    if not cached:
+        subprocess.run(["apt-get", "download", "-q", package], check=True, cwd=work, capture_output=True)
+        cached = sorted(work.glob(f"{package}_*.deb"))
+    subprocess.run(["dpkg", "-x", str(cached[-1]), str(tree)], check=True)
+
+
 def _order(modules: Path) -> list[Path]:
     """Files of MODULES with what they need, dependencies first."""
     by_name = {p.stem: p for p in modules.rglob("*.ko")}
@@ -75,13 +84,8 @@ def _build(target: Path, init: str) -> None:
     work = target.with_suffix(".new")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    package = _kernel_package()
-    cached = sorted(Path("/var/cache/apt/archives").glob(f"{package}_*.deb"))
-    if not cached:
-        subprocess.run(["apt-get", "download", "-q", package], check=True, cwd=work, capture_output=True)
-        cached = sorted(work.glob("*.deb"))
     tree, root = work / "tree", work / "root"
-    subprocess.run(["dpkg", "-x", str(cached[-1]), str(tree)], check=True)
+    extract_package(_kernel_package(), work, tree)
     (root / "bin").mkdir(parents=True)
     (root / "modules").mkdir()
     shutil.copy(shutil.which("busybox") or "/bin/busybox", root / "bin/busybox")

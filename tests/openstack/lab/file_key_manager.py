@@ -1,16 +1,19 @@
-"""A key manager for Castellan: one file a secret. Nova keeps secrets of virtual TPMs in it, in place of Barbican."""
+"""A key manager for Castellan, in place of Barbican: one file a secret.
+
+Nova keeps secrets of virtual TPMs in it; certificates of signed images are put into its directory as UUID.der.
+"""
 
 import os
 import uuid
 from pathlib import Path
 
 from castellan.common import exception
-from castellan.common.objects import passphrase
+from castellan.common.objects import passphrase, x_509
 from castellan.key_manager import key_manager
 
 
 class FileKeyManager(key_manager.KeyManager):
-    """Keeps passphrases, which are all that Nova stores; whoever asks gets them."""
+    """Keeps passphrases, which are all that Nova stores, and finds certificates; whoever asks gets them."""
 
     def __init__(self, configuration=None):
         """Castellan's interface; the directory comes from the environment."""
@@ -28,7 +31,10 @@ class FileKeyManager(key_manager.KeyManager):
         return name
 
     def get(self, context, managed_object_id, metadata_only=False):  # noqa: FBT002  Castellan's
-        """A secret by its name."""
+        """A secret or a certificate by its name."""
+        certificate = self._path(managed_object_id).with_suffix(".der")
+        if certificate.exists():
+            return x_509.X509(certificate.read_bytes(), id=managed_object_id)
         try:
             return passphrase.Passphrase(self._path(managed_object_id).read_bytes(), id=managed_object_id)
         except FileNotFoundError as error:

@@ -36,6 +36,11 @@ class Cloud:
         return self.home / "etc"
 
     @property
+    def keys(self) -> Path:
+        """What its key manager holds."""
+        return self.home / "keys"
+
+    @property
     def real(self) -> bool:
         """Whether its servers are real machines."""
         return self.driver == "libvirt"

@@ -16,7 +16,7 @@ from tests.openstack.lab.wiring import wire_up
 
 READY_TIMEOUT_S = 300.0  # 20 s on an idle machine; one start of a privsep daemon took 47 s on a busy one
 COMMAND_TIMEOUT_S = 300.0
-HOST_CHANNELS = Path("/var/lib/libvirt/qemu/channel")
+OF_HOST = [Path("/var/lib/libvirt/qemu") / name for name in ("channel", "nvram")]  # where agents look for files
 _DIRECTORIES = (
     "cinder", "images/store", "images/staging", "images/tasks", "instances", "lock", "mounts/cinder", "mounts/nova",
     "neutron", "nova", "volumes", *(f"libvirt/{name}" for name in ("cache", "etc", "lib", "localca", "log", "run")),
@@ -158,7 +158,7 @@ def _services(lab: Lab, cloud: Cloud) -> list[Service]:
     return [
         _wsgi(f"{cloud.name}-placement", cloud.port("placement"), "/usr/bin/placement-api", env, placement),
         _plain(lab, cloud, "neutron-server", config_file(cloud, "neutron")),
-        _plain(lab, cloud, "glance-api", config_file(cloud, "glance", "glance-api")),
+        _plain(lab, cloud, "glance-api", config_file(cloud, "glance", "glance-api"), env=_keys(cloud), plugin=_KEYS),
         *(_plain(lab, cloud, f"nova-{name}", config_file(cloud, "nova")) for name in ("api", "conductor", "scheduler")),
         _plain(
             lab,
@@ -170,7 +170,7 @@ def _services(lab: Lab, cloud: Cloud) -> list[Service]:
             plugin="own_ports_firewall.py",
         ),
         *(
-            _plain(lab, cloud, f"cinder-{name}", config_file(cloud, "cinder"))
+            _plain(lab, cloud, f"cinder-{name}", config_file(cloud, "cinder"), env=_keys(cloud), plugin=_KEYS)
             for name in ("api", "scheduler", "volume")
         ),
     ]
@@ -183,8 +183,15 @@ def _dhcp_agent(lab: Lab, cloud: Cloud) -> Service:
 
 def _compute(lab: Lab, cloud: Cloud) -> Service:
     file = config_file(cloud, "nova", "nova-compute")
-    env = {"CLOUDFIT_LAB_KEYS": str(cloud.home / "keys")}
-    return _plain(lab, cloud, "nova-compute", file, env=env, plugin="file_key_manager.py")
+    return _plain(lab, cloud, "nova-compute", file, env=_keys(cloud), plugin=_KEYS)
+
+
+_KEYS = "file_key_manager.py"
+
+
+def _keys(cloud: Cloud) -> dict[str, str]:
+    """For the services that fetch secrets or certificates."""
+    return {"CLOUDFIT_LAB_KEYS": str(cloud.keys)}
 
 
 def _plain(
@@ -208,13 +215,10 @@ def _libvirtd(cloud: Cloud) -> Service:
     """A libvirtd that sees its own directories where the host's has them: in a mount namespace of its own.
 
     `slave`: volumes mounted on the host later are seen in it, nothing goes the other way. Only the sockets of channels
-    are where the host has its own: an agent of this host connects to what libvirt says, and names of machines begin
-    with their cloud's.
+    and the variables of UEFI firmware are where the host has its own: an agent of this host opens what libvirt names,
+    and names of machines begin with their cloud's.
     """
     home = cloud.home / "libvirt"
-    channels = home / "lib/qemu/channel"
-    channels.mkdir(parents=True, exist_ok=True)
-    HOST_CHANNELS.mkdir(parents=True, exist_ok=True)
     places = {
         "run": "/run/libvirt",
         "lib": "/var/lib/libvirt",
@@ -223,7 +227,12 @@ def _libvirtd(cloud: Cloud) -> Service:
         "etc": "/etc/libvirt",
         "localca": "/var/lib/swtpm-localca",  # made by root here, by another user for the host's own
     }
-    script = ["set -e", f"mount --bind {HOST_CHANNELS} {channels}"]
+    script = ["set -e"]
+    for path in OF_HOST:
+        inside = home / "lib/qemu" / path.name
+        for directory in (path, inside):
+            directory.mkdir(parents=True, exist_ok=True)
+        script.append(f"mount --bind {path} {inside}")
     for name, place in places.items():
         Path(place).mkdir(parents=True, exist_ok=True)
         script.append(f"mount --rbind {home / name} {place}")

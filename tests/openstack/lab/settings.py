@@ -13,6 +13,8 @@ PHYSICAL_NETWORK = "physnet1"
 # Modules of ours that run inside OpenStack's services, from a directory in their PYTHONPATH.
 PLUGINS = ("file_key_manager.py", "own_ports_firewall.py")
 LOG_MIB = 16  # of one log file; the one before it is kept
+# There is no Barbican, and Nova's ConfKeyManager cannot store the secrets of virtual TPMs.
+_KEY_MANAGER = {"backend": "file_key_manager.FileKeyManager"}
 _CONCURRENT = {"max_pool_size": 5, "max_overflow": 20, "connection_recycle_time": 280}
 
 
@@ -166,6 +168,7 @@ def _glance(lab: Lab, cloud: Cloud) -> Settings:
         "os_glance_tasks_store": {"filesystem_store_datadir": images / "tasks"},
         "database": _database(lab, cloud, "glance"),
         "keystone_authtoken": _token_check(lab, cloud),
+        "key_manager": _KEY_MANAGER,  # of the certificates that signed images name
         "paste_deploy": {"flavor": "keystone", "config_file": cloud.etc / "glance/glance-api-paste.ini"},
         **_quiet(cloud),
     }
@@ -222,8 +225,7 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         }
         if cloud.real
         else {},
-        # Nova's ConfKeyManager cannot store the secrets of virtual TPMs, and there is no Barbican.
-        "key_manager": {"backend": "file_key_manager.FileKeyManager"},
+        "key_manager": _KEY_MANAGER,
         "nova_sys_admin": _privsep("nova", cloud),
         "vif_plug_linux_bridge_privileged": _privsep("nova", cloud),
         "privsep_osbrick": _privsep("nova", cloud),
@@ -327,6 +329,7 @@ def _cinder(lab: Lab, cloud: Cloud) -> Settings:
         "keystone_authtoken": _token_check(lab, cloud),
         "nova": _auth(lab, cloud),
         "service_user": _service_user(lab, cloud),
+        "key_manager": _KEY_MANAGER,
         "cinder_sys_admin": _privsep("cinder", cloud),
         "privsep_osbrick": _privsep("cinder", cloud),
         **_quiet(cloud),

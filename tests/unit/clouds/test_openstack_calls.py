@@ -61,7 +61,8 @@ def whole_life_without_cinder(cloud, directory):
 def test_the_table_of_calls(fake, tmp_path):
     with Proxy(f"{fake.url}/identity/v3").serving() as proxy:
         url = proxy.keystone.removesuffix("/identity/v3")
-        with driving(tmp_path, fake, replace(PLACE, availability_zone="nova"), url=url) as cloud:
+        place = replace(PLACE, availability_zone="nova", protected=True)
+        with driving(tmp_path, fake, place, url=url) as cloud:
             whole_life(cloud, fake, tmp_path)
         with driving(tmp_path, fake, replace(PLACE, state="instance"), url=url) as cloud:
             whole_life_without_cinder(cloud, tmp_path)

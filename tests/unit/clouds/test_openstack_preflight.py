@@ -53,7 +53,7 @@ def test_everything_is_said_at_once(tmp_path, fake):
         "flavor: a disk of 1 GiB, the machine wants 2",
         "zone: no zone 'moon' that is up; there are nova",
         "network: port security is off",
-        "image formats: the kernel's command line has 300 characters",
+        "boot: the kernel's command line has 300 characters",
         "volume type: no volume type 'golden'; there are replicas",
         "quota of compute: instances: 9 of 10 used, 2 needed",
         "quota of volumes: volumes: 0 of 1 used, 2 needed",
@@ -73,7 +73,9 @@ def test_room_for_a_recovery_is_only_warned_of(tmp_path, fake):
 @pytest.mark.parametrize(("seconds", "verdict"), [(0, "ok"), (60, "warn"), (3600, "fail")])
 def test_clocks_that_differ(tmp_path, fake, seconds, verdict):
     with driving(tmp_path, fake) as cloud:
-        look = Preflight(cloud.api, PLACE, cloud.network, cloud.servers, clock=lambda: time.time() - seconds)
+        look = Preflight(
+            cloud.api, PLACE, cloud.network, cloud.servers, cloud.images, clock=lambda: time.time() - seconds
+        )
         (found,) = (f for f in look.run(DEMAND) if f.name == "clock")
     assert found.verdict == verdict
 

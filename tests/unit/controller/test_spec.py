@@ -194,6 +194,8 @@ clouds:
       availability_zone: nova
       volume_type: fast
       clients: [192.0.2.0/24]
+      boot: uefi
+      images: {hidden: true, signature: {certificate: 0b9c8a1e-6f0f-4f0e-9d53-6f0c8f2b7a10, key: images.pem}}
       agent: {ssh: root@compute.passau, socket: /run/cloudfit/agent.sock}
   - {name: ulm, process: {}}
 """
@@ -206,6 +208,10 @@ def test_an_openstack_cloud_goes_through_the_journal():
     assert (passau.local, passau.uri) == (False, "openstack+ssh://root@compute.passau")
     assert passau.agent_socket == "/run/cloudfit/agent.sock"
     assert passau.openstack.clients == ("192.0.2.0/24",)
+    assert (lisbon.openstack.boot, lisbon.openstack.hidden, lisbon.openstack.certificate) == ("kernel", False, "")
+    assert (passau.openstack.boot, passau.openstack.hidden, passau.openstack.protected) == ("uefi", True, False)
+    assert passau.openstack.certificate == "0b9c8a1e-6f0f-4f0e-9d53-6f0c8f2b7a10"
+    assert passau.openstack.signing_key == "images.pem"
     assert from_json(to_json(spec)) == spec
 
 
@@ -219,6 +225,12 @@ def test_an_openstack_cloud_goes_through_the_journal():
         ("      flavor: m1.small\n", "", "clouds.1.openstack.flavor is missing"),
         ("agent: {}}", "agent: {}}, agent: {socket: /run/x}", "names its agent inside openstack"),
         ("network: replicas, ", "netwrok: replicas, ", "did you mean 'network'"),
+        ("boot: uefi", "boot: bios", "clouds.1.openstack.boot: .*'kernel' or 'uefi'"),
+        ("hidden: true", "hiden: true", "did you mean 'hidden'"),
+        ("hidden: true", "hidden: maybe", "clouds.1.openstack.images.hidden: "),
+        (", key: images.pem", "", "signature.key is missing"),
+        ("key: images.pem", "key: /etc/key", "signature.key: has not the right form"),
+        ("certificate: 0b9c", "certificate: 0b9", "signature.certificate: has not the right form"),
     ],
 )
 def test_mistakes_in_an_openstack_cloud(old, new, said):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloudfit_orchestrator.launcher import verity
+from cloudfit_orchestrator.launcher import boot_disk, verity
 from cloudfit_orchestrator.launcher.measure import range_digest
 from cloudfit_orchestrator.model.image import Manifest, Part, Role, manifest_digest, seal_manifest
 from cloudfit_orchestrator.model.signing import public_bytes
@@ -31,6 +31,8 @@ def make_image(work: Path, *, adversary: bool = False, **changed: object) -> Pat
     (image / "vmlinuz").write_bytes(random.Random(2).randbytes(9000))
     (image / "initramfs").write_bytes(random.Random(3).randbytes(5000))
     split = tree.blocks * verity.BLOCK
+    before, behind = boot_disk.frame(b"program", (image / "root.img").stat().st_size)
+    (image / "boot.img").write_bytes(before + behind)
     sizes = {p.name: p.stat().st_size for p in image.iterdir()}
     parts = tuple(
         Part(name, file, offset, size, range_digest(image / file, offset, size))
@@ -39,6 +41,8 @@ def make_image(work: Path, *, adversary: bool = False, **changed: object) -> Pat
             ("initramfs", "initramfs", 0, sizes["initramfs"]),
             ("root", "root.img", 0, split),
             ("verity", "root.img", split, sizes["root.img"] - split),
+            ("esp", "boot.img", 0, len(before)),
+            ("gpt", "boot.img", len(before), len(behind)),
         )
     )
     manifest = Manifest(

@@ -33,11 +33,23 @@ def part_of(image: Path, name: str):
 
 def test_an_untouched_image_is_accepted(image):
     manifest = verify_image(image, TRUSTED)
-    assert [p.name for p in manifest.parts] == ["kernel", "initramfs", "root", "verity"]
+    assert [p.name for p in manifest.parts] == ["kernel", "initramfs", "root", "verity", "esp", "gpt"]
+    assert [p.name for p in manifest.disk] == ["esp", "root", "verity", "gpt"]
+    assert manifest.disk_bytes == sum((image / name).stat().st_size for name in ("boot.img", "root.img"))
+
+
+def test_an_image_without_what_uefi_needs_is_accepted(image):
+    (image / "boot.img").unlink()
+    with pytest.raises(BadError, match=r"manifest: its parts are not exactly kernel, initramfs, root, verity\n"):
+        verify_image(image, TRUSTED)
+    whole = open_manifest((image / "manifest.json").read_bytes(), TRUSTED)
+    manifest = verify_image(sign(image, dataclasses.replace(whole, parts=whole.parts[:4])), TRUSTED)
+    assert manifest.disk == ()
+    assert manifest.disk_bytes == manifest.part("verity").offset + manifest.part("verity").size
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-@pytest.mark.parametrize("name", ["kernel", "initramfs", "root", "verity"])
+@pytest.mark.parametrize("name", ["kernel", "initramfs", "root", "verity", "esp", "gpt"])
 def test_a_flipped_byte_is_refused_naming_the_part(image, name, where):
     part = part_of(image, name)
     offset = {"first": 0, "middle": part.size // 2, "last": part.size - 1}[where]
@@ -166,20 +178,22 @@ def test_a_signed_hash_tree_that_is_not_the_root_s_is_refused(image):
     from cloudfit_orchestrator.launcher.measure import range_digest
 
     digest = range_digest(image / "root.img", verity.offset, verity.size)
-    parts = (*manifest.parts[:2], root, dataclasses.replace(verity, sha256=digest))
+    parts = (*manifest.parts[:2], root, dataclasses.replace(verity, sha256=digest), *manifest.parts[4:])
     with pytest.raises(BadError, match="refused: verity: the stored hash tree"):
         verify_image(resign(image, parts=parts), TRUSTED)
 
 
 def test_signed_parts_that_overlap_or_leave_bytes_unmeasured_are_refused(image):
     manifest = open_manifest((image / "manifest.json").read_bytes(), TRUSTED)
-    kernel, initramfs, root, verity = manifest.parts
+    kernel, initramfs, root, verity, esp, gpt = manifest.parts
     for parts in (
         manifest.parts[:3],
-        (kernel, initramfs, root, root),
-        (kernel, initramfs, root, dataclasses.replace(verity, offset=0)),
-        (dataclasses.replace(kernel, file="../vmlinuz"), initramfs, root, verity),
-        (dataclasses.replace(kernel, size=0), initramfs, root, verity),
+        manifest.parts[:4],
+        (kernel, initramfs, root, root, esp, gpt),
+        (kernel, initramfs, root, dataclasses.replace(verity, offset=0), esp, gpt),
+        (kernel, initramfs, root, verity, esp, dataclasses.replace(gpt, offset=0)),
+        (dataclasses.replace(kernel, file="../vmlinuz"), initramfs, root, verity, esp, gpt),
+        (dataclasses.replace(kernel, size=0), initramfs, root, verity, esp, gpt),
     ):
         image = resign(image, parts=parts)
         with pytest.raises(BadError, match="refused: manifest: "):
@@ -194,7 +208,9 @@ def test_securesystemslib_verifies_our_envelope(image):
     assert list(envelope.verify([public], 1)) == [name]
     statement = json.loads(envelope.payload)
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
-    assert {s["name"] for s in statement["subject"]} == {"kernel", "initramfs", "root", "verity"}
+    assert {s["name"] for s in statement["subject"]} == {
+        p.name for p in open_manifest((image / "manifest.json").read_bytes(), TRUSTED).parts
+    }
 
 
 def test_a_store_lists_good_and_bad_images_and_finds_them_by_name(tmp_path):

@@ -1,0 +1,102 @@
+"""Signed images on real clouds (make openstack-lab), whose key manager holds the certificate."""
+
+import datetime as dt
+import uuid
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
+
+from cloudfit_orchestrator.model.errors import PermanentError
+from tests.openstack.lab.layout import Lab
+from tests.openstack.test_driver import (  # noqa: F401  fixtures
+    GREETING,
+    GUEST,
+    HOME,
+    deployment,
+    driving,
+    greetings,
+    lab,
+    listing,
+    owner,
+    spec_for,
+    told,
+)
+from tests.vm.tiny_guest import tiny_image, tiny_manifest
+
+pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture
+def certificate(lab):  # noqa: F811
+    """(UUID, key): a certificate in the cloud's key manager, and the key that belongs to it."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "images")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(x509.random_serial_number()).not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1)).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    identity = str(uuid.uuid4())
+    keys = Lab(HOME).cloud(lab["name"]).keys
+    keys.mkdir(mode=0o700, exist_ok=True)
+    path = keys / f"{identity}.der"
+    path.write_bytes(made.public_bytes(serialization.Encoding.DER))
+    yield identity, key
+    path.unlink()
+
+
+def write_key(directory, key):
+    path = directory / "keys/images.pem"
+    path.parent.mkdir(exist_ok=True)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.touch(0o600)
+    path.write_bytes(key.private_bytes(*form))
+
+
+def test_what_is_signed_is_taken_and_booted(lab, tmp_path, deployment, certificate):  # noqa: F811
+    write_key(tmp_path, certificate[1])
+    directory = tiny_image(GUEST)
+    with driving(lab, tmp_path, certificate=certificate[0], signing_key="images.pem") as cloud:
+        machine = cloud.create(spec_for(cloud, lab, (directory, tiny_manifest(directory)), owner(deployment, 1, "op1")))
+        try:
+            assert greetings(lab, machine, word=GREETING)
+            with listing(lab, lab["name"]) as c:
+                ours = [c.image.get_image(i["id"]) for i in cloud.images.of_deployment(deployment)]
+                assert {i.properties["img_signature_certificate_uuid"] for i in ours} == {certificate[0]}
+                assert len(ours) == 4
+                _nova_checks(c, machine, certificate[0], str(uuid.uuid4()))
+        finally:
+            cloud.destroy(machine)
+            cloud.delete_network(deployment, "replicas")
+
+
+def _nova_checks(c, machine, trusted, other):
+    """Nova verifies the signature before it boots the image, and boots nothing by a certificate that is not trusted."""
+    like = c.compute.get_server(machine.id)
+    for certificate, status in ((trusted, "ACTIVE"), (other, "ERROR")):
+        body = {
+            "name": f"{like.name}-{status}", "imageRef": like.image.id, "networks": "none",
+            "flavorRef": c.compute.find_flavor("cloudfit.tiny").id, "trusted_image_certificates": [certificate],
+        }  # fmt: skip
+        answer = c.compute.post("/servers", json={"server": body}, microversion="2.64")
+        assert answer.status_code == 202, answer.text
+        made = c.compute.get_server(answer.json()["server"]["id"])
+        try:
+            c.compute.wait_for_server(made, status=status, failures=[], interval=2, wait=300)
+        finally:
+            c.compute.delete_server(made)
+            c.compute.wait_for_delete(made, wait=300)
+
+
+def test_what_another_key_signed_is_refused_by_glance(lab, tmp_path, deployment, certificate):  # noqa: F811
+    write_key(tmp_path, rsa.generate_private_key(public_exponent=65537, key_size=2048))
+    directory = tiny_image(GUEST)
+    with driving(lab, tmp_path, certificate=certificate[0], signing_key="images.pem") as cloud:
+        with pytest.raises(PermanentError, match=r"[Ss]ignature verification"):
+            cloud.create(spec_for(cloud, lab, (directory, tiny_manifest(directory)), owner(deployment, 1, "op1")))
+        assert all(i["status"] != "active" for i in cloud.images.of_deployment(deployment))
+        cloud.delete_network(deployment, "replicas")
