@@ -1,0 +1,119 @@
+"""Executions of a sixth reading: each property did not hold once, for the reason told, or was attacked and held."""
+
+from dataclasses import replace
+
+import pytest
+
+from cloudfit_orchestrator.bft import recall
+from cloudfit_orchestrator.bft.journal import LogState
+from cloudfit_orchestrator.bft.usig.journal import decode_entry
+from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.model.statement import Kind
+from tests.unit.bft.house import House
+from tests.unit.bft.machine import Machine
+
+PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
+
+
+# ----- the own state, on the disk and in the log
+def cut(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes, and it pays to write the log anew."""
+    before = machine.rewrites
+    with monkeypatch.context() as patched:
+        patched.setattr(recall, "REWRITE_SLACK", -(1 << 20))
+        machine.ticks(1.2)
+    assert machine.rewrites > before
+
+
+def states(log: list[bytes]) -> list[tuple[int, int]]:
+    """(place in the log, slot) of the states that it names."""
+    entries = enumerate(map(decode_entry, log))
+    return [(place, entry.slot) for place, entry in entries if isinstance(entry, LogState)]
+
+
+def decide(machine: Machine, house: House, s: int) -> None:
+    """The leader r0 proposes, and has said STABLE for all before."""
+    if s > 1:
+        digest = machine.core._at.execution.digests[s - 1]
+        house.stable("r0", s - 1, digest=digest, certificate=house.checkpoint(s - 1, digest, "r0", "r1"))
+    house.prepare("r0", 0, s)
+    machine.hear(*house.streams["r0"], sender="r0#1")
+    machine.ticks(0.2)
+
+
+def certify(machine: Machine, house: House, s: int) -> None:
+    """r0's CHECKPOINT agrees with the machine's own."""
+    digest = machine.core._at.execution.digests[s]
+    machine.hear(house.statement("r0", Kind.CHECKPOINT, s, digest), sender="r0#1")
+    machine.ticks(0.3)
+
+
+def test_a_log_that_is_cut_while_a_state_is_being_saved_names_it(monkeypatch: pytest.MonkeyPatch):
+    """The log was written anew between a checkpoint and the word that its state is on the disk, and named the state
+    before only. That one was dropped with the next STABLE: for as long as a checkpoint takes, whoever stopped began
+    again from slot 0. All who had confirmed what ACTIVE then pinned had lost it, if the power failed.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=4, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    for s in range(1, 8):
+        decide(machine, house, s)
+        certify(machine, house, s)
+    machine.saving = False
+    decide(machine, house, 8)
+    cut(machine, monkeypatch)
+    machine.saving = True
+    machine.serve()
+    certify(machine, house, 8)
+    machine.ticks(1.5)
+    assert machine.core.status["stable"] == 8
+    assert sorted(machine.disk) == [(1, 8)]
+    assert machine.restarted().core.status["slot"] == 8
+
+
+def test_a_state_that_is_on_the_disk_but_not_in_the_log_is_named_there_after_a_restart(monkeypatch: pytest.MonkeyPatch):
+    """The machine stopped when a snapshot was durable, and the record that names it was not. Executed again, the state
+    was taken for one that is saved and named: the one before was dropped, and with the next stop all were gone.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=1, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    for s in (1, 2):
+        decide(machine, house, s)
+        certify(machine, house, s)
+    cut(machine, monkeypatch)
+    machine.kss = False  # nothing waits for the log any more
+    decide(machine, house, 3)
+    assert (1, 3) in machine.disk
+    place, slot = states(machine.log)[-1]
+    assert slot == 3
+    again = machine.restarted(machine.log[:place])
+    assert again.core.status["slot"] == 3
+    certify(again, house, 3)
+    again.ticks(1.5)
+    assert sorted(again.disk) == [(1, 3)]
+    assert again.restarted().core.status["slot"] == 3
+
+
+def test_who_follows_a_group_keeps_what_its_slow_disk_does_not_hold_yet(monkeypatch: pytest.MonkeyPatch):
+    """A machine that is to become a member forgot the batches that certificates covered, though its own states were not
+    on the disk. It confirmed what came of them; ACTIVE pinned it; the machine started again, and nobody had it.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=2, parameters=PATIENT)
+    machine = Machine(house, "r2", incarnation=9)
+    machine.saving = False
+    for s in range(1, 9):
+        proposal = house.prepare("r0", 0, s)
+        machine.hear(proposal, house.commit("r1", proposal))
+        digest = machine.core._at.execution.digests[s]
+        truth = {"digest": digest, "certificate": house.checkpoint(s, digest, "r0", "r1")}
+        machine.hear(*(house.stable(who, s, **truth) for who in ("r0", "r1")))
+        cut(machine, monkeypatch)
+    members = tuple(replace(m, incarnation=9) if m.replica == "r2" else m for m in house.record.members)
+    machine.core.record(house.successor(members=members))
+    machine.serve()
+    machine.hear(house.wedge("r0"), house.wedge("r1"))
+    machine.ticks(3)
+    (confirmed,) = [body for topic, body in machine.reports if topic == "confirm"]
+    assert confirmed["h"] == 8
+    again = machine.restarted()
+    again.ticks(1)
+    assert [body for topic, body in again.reports if topic == "confirm"] == [confirmed]
