@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 
 from cloudfit_orchestrator.bft import recall
+from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.journal import LogState
+from cloudfit_orchestrator.bft.usig import configuration as configuration_module
 from cloudfit_orchestrator.bft.usig.journal import decode_entry
+from cloudfit_orchestrator.bft.usig.merge import Missing, merge
+from cloudfit_orchestrator.bft.usig.messages import NewView, decode_header, decode_merge
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import Kind
 from tests.unit.bft.house import House
@@ -117,3 +121,87 @@ def test_who_follows_a_group_keeps_what_its_slow_disk_does_not_hold_yet(monkeypa
     again = machine.restarted()
     again.ticks(1)
     assert [body for topic, body in again.reports if topic == "confirm"] == [confirmed]
+
+
+# ----- which votes are merged
+FAULTY = ("r0", "r2", "r3", "r4", "r5", "r6")  # of 13
+
+
+def lacking(house: House) -> None:
+    """The faulty members have voted for a batch that they give to nobody."""
+    proposal = house.prepare("r0", 0, 1, batch_digest(b"withheld"))
+    for who in FAULTY[1:]:
+        house.commit(who, proposal)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many merges have been tried."""
+    tried = [0]
+
+    def count(*args: object) -> object:
+        tried[0] += 1
+        return merge(*args)
+
+    monkeypatch.setattr(configuration_module, "merge", count)
+    return tried
+
+
+def test_a_leader_tries_no_thousand_merges_over_votes_that_lack_a_batch(monkeypatch: pytest.MonkeyPatch):
+    """Each seven of the votes were merged with each message that came in, until seven lacked nothing: 1,716 merges."""
+    house = House(13, f=6, algorithm=Algorithm.MINBFT, period=4, window=16, parameters=PATIENT)
+    lacking(house)
+    tried = counted(monkeypatch)
+    machine = Machine(house, "r1")
+    machine.hear(*house.streams["r0"])
+    votes = [house.view_change(who, 1) for who in FAULTY]
+    for who in FAULTY[1:]:
+        machine.hear(*house.streams[who])
+    machine.hear(votes[0])
+    honest = ["r7", "r8", "r9", "r10", "r11", "r12"]
+    for who in honest[:-1]:
+        machine.hear(house.view_change(who, 1))
+    assert not any(isinstance(header, NewView) for header in machine.said())
+    machine.hear(house.view_change(honest[-1], 1))
+    assert isinstance(machine.said()[-1], NewView)
+    named = decode_merge(house.streams["r1"][-1].payload).view_changes
+    assert {name.replica for name in named} == {"r1", *honest}
+    assert tried[0] <= 3, "its own, and that of its NEW-VIEW, which it judges like all others"
+
+
+def test_a_member_of_a_successor_tries_no_thousand_merges(monkeypatch: pytest.MonkeyPatch):
+    house = House(13, f=6, algorithm=Algorithm.MINBFT, period=4, window=16, parameters=PATIENT)
+    lacking(house)
+    tried = counted(monkeypatch)
+    machine = Machine(house, "r1")
+    machine.core.record(house.successor())
+    machine.serve()
+    for who in house.names:
+        if who != "r1":
+            house.wedge(who)
+            machine.hear(*house.streams[who])
+            machine.ticks(0.5)
+    assert [body["h"] for topic, body in machine.reports if topic == "confirm" and body["c"] == 2] == [0]
+    assert tried[0] <= 3
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_votes_are_chosen_by_what_a_merge_of_them_would_miss(*, known: bool):
+    """One vote lacks a batch for a slot that another's h covers: together they miss nothing."""
+    house = House(5, f=2, algorithm=Algorithm.MINBFT, period=2, window=4)
+    first, second = house.prepare("r0", 0, 1), house.prepare("r0", 0, 2)
+    for who in ("r1", "r2", "r3"):
+        house.commit(who, first, second)
+    late = house.prepare("r0", 0, 3)
+    house.stable("r3", 2)
+    house.commit("r4", late)
+    for who in ("r1", "r2", "r3", "r4"):
+        house.view_change(who, 1)
+    if not known:
+        for proposal in (first, second):
+            del house.batches[decode_header(proposal.header).batch]
+    judge = house.full_judge()
+    sets = [[vote.name.replica for vote in chosen] for chosen in judge.quorums(1)]
+    assert sets == [["r1", "r2", "r3"], ["r1", "r2", "r4"]][: 1 + known]
+    for chosen in judge.quorums(1):
+        assert not isinstance(merge(house.record, chosen, judge), Missing)
+    assert bool(judge.wanted.batches) is not known
