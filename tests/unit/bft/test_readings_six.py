@@ -15,6 +15,7 @@ from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import Kind
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
+from tests.unit.bft.test_pbft import group_of, ordering
 
 PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
 
@@ -205,3 +206,30 @@ def test_votes_are_chosen_by_what_a_merge_of_them_would_miss(*, known: bool):
     for chosen in judge.quorums(1):
         assert not isinstance(merge(house.record, chosen, judge), Missing)
     assert bool(judge.wanted.batches) is not known
+
+
+# ----- PBFT
+def test_what_a_new_view_names_is_logged_one_record_each():
+    """A NEW-VIEW was one record with all VIEW-CHANGEs that it names. With a window of thousands of slots and more than
+    four members it was longer than a record can be: the process ended, and again whenever a view was entered.
+    """
+    group = group_of(7, period=64, window=64)
+    members = list(group.nodes.values())
+    for _ in range(24):
+        group.submit()
+        assert group.settle(lambda: all(n.operations == group.issued for n in members), 20)
+    for member in members:
+        ordering(group, member.replica).suspect()
+        member.run()
+    assert group.settle(lambda: all(ordering(group, n.replica).e == 1 for n in members), 20)
+    votes = [len(change.body) for change in ordering(group, "r1").entered[1]]
+    assert len(votes) == 5
+    for member in members:
+        assert max(votes) <= max(map(len, member.log)) < 2 * max(votes)
+    views = {n.replica: ordering(group, n.replica).entered for n in members}
+    group.flying.clear()
+    for member in members:
+        member.boot()
+        assert ordering(group, member.replica).entered == views[member.replica]
+    group.submit()
+    assert group.settle(lambda: all(n.operations == group.issued for n in members), 20)
