@@ -7,10 +7,11 @@ import pytest
 from cloudfit_orchestrator.bft import recall
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.journal import LogState
+from cloudfit_orchestrator.bft.messages import Named
 from cloudfit_orchestrator.bft.usig import configuration as configuration_module
 from cloudfit_orchestrator.bft.usig.journal import decode_entry
 from cloudfit_orchestrator.bft.usig.merge import Missing, merge
-from cloudfit_orchestrator.bft.usig.messages import NewView, decode_header, decode_merge
+from cloudfit_orchestrator.bft.usig.messages import NewView, ViewChange, decode_header, decode_merge
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import Kind
 from tests.unit.bft.house import House
@@ -233,3 +234,49 @@ def test_what_a_new_view_names_is_logged_one_record_each():
         assert ordering(group, member.replica).entered == views[member.replica]
     group.submit()
     assert group.settle(lambda: all(n.operations == group.issued for n in members), 20)
+
+
+# ----- closed epochs
+def test_an_epoch_end_and_the_whole_log_are_a_vote_for_a_view_above_all_that_was_asked_for():
+    """They counted for wedges only (§6, step 5, says for any view): the members that are left while one is replaced
+    could not change views without it, though it was known to say nothing more.
+    """
+    house = House(3, period=4, window=16, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    proposal = house.prepare("r0", 0, 3)
+    machine.hear(proposal, sender="r0#1")
+    house.say("r0", ViewChange(1, 1, house.requests(1, "r0", "r2"), ()))
+    machine.hear(*house.streams["r0"][-1:], sender="r0#1")
+    machine.ticks(0.2)
+    machine.core._at.ordering.take_end(house.epoch_end("r0"))
+    own = [header.g for header in machine.said() if isinstance(header, ViewChange)]
+    machine.hear(*(house.statement(who, Kind.REQ, 4) for who in ("r1", "r2")), sender="r2#3")
+    assert [header.g for header in machine.said() if isinstance(header, ViewChange)] == [*own, 4]
+    view = machine.said()[-1]
+    assert isinstance(view, NewView)
+    assert (view.g, view.s_max) == (4, 3)
+    named = decode_merge(house.streams["r1"][-1].payload).view_changes
+    assert [(name.replica, name.cv) for name in named] == [("r0", 3), ("r1", house.streams["r1"][-2].cv)]
+    knows, does_not = house.full_judge(), house.full_judge()
+    assert knows.offer_end(house.epoch_end("r0"))
+    for judge in (knows, does_not):
+        judge.advance()
+    assert knows.streams["r1"].cursor == len(house.streams["r1"])
+    assert does_not.streams["r1"].cursor == len(house.streams["r1"]) - 1
+    assert does_not.streams["r1"].ended is None, "it waits for the EPOCH-END, which is handed round"
+
+
+@pytest.mark.parametrize("g", [1, 2, 3])
+def test_a_closed_epoch_is_no_second_vote_for_a_view_that_its_member_asked_for(g: int):
+    house = House(3, period=4, window=16)
+    house.prepare("r0", 0, 3)
+    house.view_change("r0", 2)
+    judge = house.full_judge()
+    assert judge.offer_end(house.epoch_end("r0"))
+    own, closed = Named("r0", 2, house.streams["r0"][-1].digest), Named("r0", 3, house.streams["r0"][-1].digest)
+    assert [vote.name for vote in judge.votes.of(g)] == {1: [], 2: [own], 3: [closed]}[g]
+    other = house.view_change("r1", g)
+    house.tell(judge, [other])
+    names = [closed, Named("r1", other.cv, other.digest)]
+    assert (judge.votes.named(g, names) is None) is (g == 1)
+    assert isinstance(judge.votes.named(g, names), list) is (g == 3)
