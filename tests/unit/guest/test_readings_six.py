@@ -68,3 +68,18 @@ def test_a_snapshot_that_made_room_for_an_order_to_make_room_is_saved_behind_it(
     disks then that could be confirmed: it was wedged, and stood still for good.
     """
     _again(tmp_path, monkeypatch)
+
+
+def test_all_snapshots_of_the_own_disk_are_read_however_many(tmp_path):
+    """Beyond 64 they were left out by their names, the newest among them, and what they lay in was removed. As many are
+    kept where a window has more checkpoints, and a faulty member lets none be certified: who stopped then had no state.
+    """
+    files, store = SnapshotFiles(tmp_path), StateStore()
+    for slot in range(1, 100):
+        store.put(b"key %d" % (slot % 7), b"%d" % slot)
+        files.save(1, slot, store.snapshot())
+    again = SnapshotFiles(tmp_path)
+    assert again.load()[1, 99] == store.snapshot()
+    assert len(again.indexes) == 99
+    assert again.damaged == []
+    assert len(SnapshotFiles(tmp_path, read_only=True).indexes) == 64
