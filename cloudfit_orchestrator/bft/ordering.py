@@ -246,6 +246,14 @@ class Ordering(ABC):
     def wedges(self) -> list[Named]:
         """The members' last words that are here and good, at most one a member."""
 
+    def wedge_sets(self) -> list[tuple[Named, ...]]:
+        """Sets of Qv of `wedges` that may give an S now, few of them, as they are tried again with all that comes in;
+        among them one that does, as soon as the correct members' wedges and all that they refer to are here.
+        """
+        needed = self.record.quorums.view_change
+        wedges = self.wedges()
+        return [tuple(wedges[:needed])] if len(wedges) >= needed else []
+
     @abstractmethod
     def final(self, names: Sequence[Named]) -> Final | None:
         """S of these wedges: the same for whoever computes it. None if they are not Qv good ones of distinct members,

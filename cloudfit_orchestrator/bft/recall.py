@@ -76,7 +76,9 @@ def _entries(at: Situation, ordering: Ordering, successors: Successors, slot: in
     entries += [LogBatch(c, data) for data in ordering.batches.all()]
     decided = {}
     if slot is not None:
-        entries.append(LogState(c, slot, at.execution.snapshots[(c, slot)].root))
+        # And the later ones, which are on their way to the disk: once there, older ones are dropped.
+        kept = sorted(s for of, s in at.execution.snapshots if of == c and s >= slot)
+        entries += [LogState(c, s, at.execution.snapshots[(c, s)].root) for s in kept]
         decided = {s: digest for s, digest in at.execution.history.items() if s > slot}
     decided.update(ordering.decisions())
     entries += [LogDecision(c, s, digest) for s, digest in sorted(decided.items())]

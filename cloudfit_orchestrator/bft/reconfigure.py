@@ -5,7 +5,6 @@ confirmed, and until ACTIVE pins one, nothing of any leaves but its confirmation
 """
 
 from dataclasses import dataclass
-from itertools import combinations
 
 from cloudfit_orchestrator.bft.execution import Execution
 from cloudfit_orchestrator.bft.messages import NOOP, Named
@@ -53,7 +52,7 @@ class Successors:
         """The own set, once Qv wedges give an S; returned when it is new."""
         if self.own_set is not None:
             return None
-        for chosen in combinations(ordering.wedges(), ordering.record.quorums.view_change):
+        for chosen in ordering.wedge_sets():
             if ordering.final(chosen) is not None:
                 self.own_set = chosen
                 self.sets.setdefault(self.own_set, None)

@@ -94,6 +94,7 @@ class Replica:
         self._succession = Succession(self._at, self._out)
         self._ready_c = 0
         self._news = False  # something came in that is not processed yet
+        self._in_log: set[tuple[int, int]] = set()  # (c, slot) of states that the log names
         self._at.execution.snapshots.update(snapshots or {})
         self._at.saved = set(self._at.execution.snapshots)
         self._restore(log)
@@ -128,8 +129,9 @@ class Replica:
             ordering = self._at.ordering
             ordering.batches.restored(self._at.execution.slot + 2 * ordering.record.parameters.window)
             ordering.restored()
-        for c, slot in sorted(self._at.execution.snapshots.keys() - self._at.saved):
-            self._save(c, slot)
+        for c, slot in sorted(self._at.execution.snapshots.keys() - (self._in_log & self._at.saved)):
+            if c == self._at.c and slot <= self._at.execution.slot:
+                self._save(c, slot)
 
     def _replay(self, entry: Frozen) -> None:
         if isinstance(entry, LogRecord):
@@ -157,6 +159,7 @@ class Replica:
         self._advance()
 
     def _replay_state(self, ordering: Ordering, entry: LogState) -> None:
+        self._in_log.add((entry.c, entry.slot))
         snapshot = self._at.execution.snapshots.get((entry.c, entry.slot))
         if snapshot is None or snapshot.root != entry.root:
             return  # it was not on the disk yet when we died: the state is fetched again
@@ -236,10 +239,13 @@ class Replica:
             self._succession.refresh_peers()
 
     def _save(self, c: int, slot: int) -> None:
-        snapshot = self._at.execution.snapshots.get((c, slot))
-        if snapshot is not None and (c, slot) not in self._at.saved:
-            self._out.put(SaveSnapshot(c, slot, snapshot))
-            self._out.journal(LogState(c, slot, snapshot.root))
+        """Have a snapshot persisted, and named in the log: a machine that stopped may have left it on the disk only."""
+        name, snapshots = (c, slot), self._at.execution.snapshots
+        if name in snapshots and name not in self._at.saved:
+            self._out.put(SaveSnapshot(c, slot, snapshots[name]))
+        if name in snapshots and name not in self._in_log and not self._out.replaying:
+            self._in_log = self._in_log & snapshots.keys() | {name}
+            self._out.journal(LogState(c, slot, snapshots[name].root))
 
     # ------------------------------------------------------------------------------------------------------ wormhole
     def session(self, c: int, next_cv: int, recent: list[tuple[int, bytes, bytes]]) -> None:

@@ -96,13 +96,16 @@ class Situation:
         return member is not None and member.incarnation == self.incarnation
 
     def stable_slot(self) -> int:
-        """The slot of the own stable checkpoint; of the newest certificate within the own state if we are no member."""
+        """The slot of the own stable checkpoint. If we are no member: of the newest own state on the disk that a
+        certificate covers, as what we follow may be what we confirm.
+        """
         if self.ordering is None:
             return 0
         if self.member:
             return self.ordering.stable
         newest = self.ordering.statements.newest
-        return newest.slot if newest is not None and newest.slot <= self.execution.slot else 0
+        covered = min(newest.slot, self.execution.slot) if newest is not None else 0
+        return max((slot for c, slot in self.saved if c == self.c and slot <= covered), default=0)
 
     def activate(self, ordering: Ordering, envelope: bytes) -> None:
         """A configuration became ACTIVE."""

@@ -47,7 +47,7 @@ UEFI_HARDWARE = {**HARDWARE, "hw_firmware_type": "uefi", "hw_machine_type": "q35
 _FORMATS = {
     "kernel": "aki", "initramfs": "ari", "root": "raw", "disk": "raw", STATE: "qcow2", SINGLE: "qcow2", CARRIER: "ari",
 }  # fmt: skip
-_NEWEST = ("root", "disk", SINGLE, CARRIER)  # of these the newest of each image stays, with what it names
+_BOOTED = ("root", "disk", SINGLE, CARRIER)  # of these the newest of each image stays, with what it names
 _CHUNK = 4 << 20
 
 
@@ -193,11 +193,12 @@ class Images:
             layout, base = carried(manifest), self._wanted(spec, "root")
             assert base.path is not None
             initramfs = manifest.part("initramfs")
-            files = [
+            files: tuple[bytes | tuple[Path, int, int], ...] = (
+                layout.head,
                 (base.path, 0, layout.root_size),
                 layout.tail,
                 (spec.image_dir / initramfs.file, 0, initramfs.size),
-            ]
+            )
             parts = (
                 *((offset + layout.root_offset, size, said) for offset, size, said in base.parts),
                 (layout.initramfs_offset, initramfs.size, initramfs.sha256),
@@ -223,7 +224,7 @@ class Images:
     def collect(self, deployment: str, used: Collection[str]) -> list[str]:
         """Delete images of ours that no machine uses (`used`: ids) and that were replaced by a newer one. Their ids."""
         mine = sorted(self.of_deployment(deployment), key=lambda i: str(i.get("created_at")))
-        newest = {(str(i[OF_IMAGE]), i[KIND]): i for i in mine if i[KIND] in _NEWEST}
+        newest = {str(i[OF_IMAGE]): i for i in mine if i[KIND] in _BOOTED}
         keep = {*used, *(str(i["id"]) for i in newest.values())}
         keep |= {str(i.get(k)) for i in mine if i["id"] in keep for k in ("kernel_id", "ramdisk_id")}
         old = [i for i in mine if i[KIND] != STATE and i["id"] not in keep and i.get("status") == "active"]

@@ -2,7 +2,7 @@
 
 One configuration record on the present base, whatever differs. Order: new machines are launched and follow the group
 as learners; only when all of them are up to date PREPARED is written, which wedges base; the successor is confirmed,
-what leaves has its epochs closed, ACTIVE is swapped in; then the machines that are no members any more go. Killed
+the epochs of its members are closed, ACTIVE is swapped in; then the machines that are no members any more go. Killed
 anywhere, run again, it goes on. Until PREPARED is written another spec withdraws it and nothing has changed; after it
 another spec makes another record on the same base; once ACTIVE is sealed it is finished first.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cloudfit_orchestrator.controller import preflight
 from cloudfit_orchestrator.controller import spec as spec_file
-from cloudfit_orchestrator.controller.agents import GuestRef, NoEpochError, NotAdmittedError, Report
+from cloudfit_orchestrator.controller.agents import GuestRef, Report
 from cloudfit_orchestrator.controller.apply import (
     Applied,
     active_record,
@@ -32,7 +32,7 @@ from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
 from cloudfit_orchestrator.controller.survey import survey
 from cloudfit_orchestrator.model.errors import CloudfitError, LockedOutError, RefusedError, UnknownError
-from cloudfit_orchestrator.model.record import ConfigRecord, Member, open_record
+from cloudfit_orchestrator.model.record import ConfigRecord, open_record
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 from cloudfit_orchestrator.recovery.budget import Condition
 
@@ -236,7 +236,7 @@ class _Change:
             ),
             leaving=leaving,
         )  # fmt: skip
-        configurer.run(self._close_leaving)
+        configurer.run(lambda: self._standing.close(self._base.members, self._base.c))
 
     def _launch(self) -> dict[str, tuple[Launched, Agent]]:
         """The new machines, launched or found; admitted again in each run, which costs a measurement only."""
@@ -276,21 +276,6 @@ class _Change:
 
         self._say("precopy", f"{', '.join(launched)} take over the state")
         watch(self._x, agents, self._op.group, handle, timeout_s=PRECOPY_TIMEOUT_S, waiting_for=waiting)
-
-    def _close_leaving(self) -> None:
-        """EPOCH-END of those that leave, as far as their agents answer; who is out of reach counts until its lease."""
-
-        def close(member: Member) -> None:
-            agent = self._standing.agent_of(member)
-            if agent is None:
-                return
-            try:
-                agent.close_epoch(GuestRef(self._op.group, member.replica, member.incarnation), self._base.c)
-            except (NotAdmittedError, NoEpochError, UnknownError) as error:
-                self._x.check_cancelled()
-                self._say("close", f"{member.replica}: {error.fact}")
-
-        each(self._x, self._leave, close)
 
     # --- what is not wanted any more
 

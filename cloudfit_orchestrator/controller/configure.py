@@ -196,7 +196,7 @@ class Configurer:
         self._say("prepare", f"attempt {attempt} is given up: {why}")
 
     def run(self, close: Callable[[], None] = lambda: None) -> ConfigRecord:
-        """All steps, with new attempts where one is superseded. `close` ends the epochs of those that leave: it comes
+        """All steps, with new attempts where one is superseded. `close` ends the epochs of base's members: it comes
         after the confirmations, so no vote of theirs is missed, and before ACTIVE, so none of their words lasts.
         """
         for _ in range(MAX_ATTEMPTS):

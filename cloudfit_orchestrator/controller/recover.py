@@ -261,6 +261,8 @@ class _Recovery:
     def _activate(self) -> dict[str, Any]:
         configurer = self._configurer()
         attempt = self._last("confirm")["attempt"]
+        stay = [m for m in self._base.members if m.replica != self._replica]
+        self._standing.close(stay, self._base.c)
         try:
             record = configurer.activate(attempt)
         except RefusedError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from cloudfit_orchestrator.controller.agents import GuestRef
+from cloudfit_orchestrator.controller.agents import GuestRef, NoEpochError, NotAdmittedError
 from cloudfit_orchestrator.controller.configure import Seat
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
@@ -57,6 +57,23 @@ class Standing:
                 self._x.report(Progress(self._kind, body["op"], f"{self._group}/{member.replica}", say))
 
         each(self._x, members, tell)
+
+    def close(self, members: Iterable[Member], c: int) -> None:
+        """EPOCH-END of all that can be reached, ahead of ACTIVE: none of their words in c comes later. Who is out of
+        reach counts in c until its lease is over.
+        """
+
+        def close(member: Member) -> None:
+            agent = self.agent_of(member)
+            if agent is None:
+                return
+            try:
+                agent.close_epoch(GuestRef(self._group, member.replica, member.incarnation), c)
+            except (NotAdmittedError, NoEpochError, UnknownError) as error:
+                self._x.check_cancelled()
+                self._x.report(Progress(self._kind, "close", self._group, f"{member.replica}: {error.fact}"))
+
+        each(self._x, members, close)
 
 
 def record_of(context: Context, group: str, c: int) -> tuple[ConfigRecord, bytes]:

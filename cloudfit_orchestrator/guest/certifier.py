@@ -119,9 +119,13 @@ class Certifier:
             self._open_session()
 
     def certify(self, effect: Certify) -> None:
-        """CREATE_UI; held back while there is no session."""
+        """CREATE_UI; held back while there is no session. What comes for another epoch has waited for the disk until
+        its own was over: nobody waits for it, and no later session may take it for its own.
+        """
+        if effect.c != self._wanted:
+            return
         self._uis[effect.c, effect.cv] = effect.digest
-        if self._session is not None and effect.c == self._wanted:
+        if self._session is not None:
             self._ask_ui(effect.c, effect.cv, effect.digest)
 
     def sign(self, effect: Sign) -> None:

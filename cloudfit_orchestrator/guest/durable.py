@@ -239,6 +239,8 @@ class Durable:
                 work = partial(self.snapshots.save, save.c, save.slot, save.snapshot)
                 if await self._until_room("snapshots", self._job_thread, work):
                     saved()
+                elif all(isinstance(other, DropSnapshots) for other in self._jobs):
+                    self._jobs.append(job)  # behind what makes room; else a later one will do
         finally:
             self._job_task = None
 
@@ -253,7 +255,7 @@ class Durable:
                 self._full.add(what)
                 await asyncio.sleep(FULL_RETRY_S)
                 if what == "snapshots" and any(isinstance(job, DropSnapshots) for job in self._jobs):
-                    return False  # dropping makes room, and the core will make another snapshot
+                    return False  # dropping makes room
             except DiskFailedError as error:
                 self.failed = True
                 self._trouble("failed", str(error))

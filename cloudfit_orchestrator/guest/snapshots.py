@@ -47,7 +47,7 @@ from cloudfit_orchestrator.guest.storage import PART, disk_errors, open_regular,
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, sha256
 
-MAX_INDEXES = 64  # a replica keeps three or four snapshots; an index says nothing that must be read without a bound
+MAX_INDEXES = 64  # read of another's disk; of its own a replica may keep one for each K slots of a window
 MAX_SPAN = 3  # times the state: a longer log is cleaned; images and changes that are needed are at most twice the state
 CLEANING = 2  # bytes of images written again for each byte of changes, while the log is too long: it gets shorter so
 SLICE = 16  # chunks looked at before other threads are let in
@@ -93,7 +93,7 @@ class SnapshotFiles:
         if not read_only:
             with disk_errors("create", directory):
                 directory.mkdir(parents=True, exist_ok=True)
-        for path in self._files("index-")[:MAX_INDEXES]:
+        for path in self._files("index-")[: MAX_INDEXES if read_only else None]:
             try:
                 with open_regular(path) as file:
                     index = _decode_index(file.read(_INDEX_BYTES + 1))

@@ -40,11 +40,10 @@ class LogStable(Frozen, frozen=True, tag=23):
 
 
 class LogOwn(Frozen, frozen=True, tag=24):
-    """The body of an own VIEW-CHANGE, wedge or NEW-VIEW; `votes` are the VIEW-CHANGEs that a NEW-VIEW names."""
+    """The body of an own VIEW-CHANGE, wedge or NEW-VIEW."""
 
     c: int
     body: bytes
-    votes: tuple[Change, ...]
 
 
 class LogSigned(Frozen, frozen=True, tag=25):
@@ -54,10 +53,17 @@ class LogSigned(Frozen, frozen=True, tag=25):
 
 
 class LogView(Frozen, frozen=True, tag=26):
-    """The view that was entered: its NEW-VIEW and the VIEW-CHANGEs that this names."""
+    """The NEW-VIEW of the view that was entered."""
 
     new_view: Change
-    votes: tuple[Change, ...]
+
+
+class LogVote(Frozen, frozen=True, tag=28):
+    """A VIEW-CHANGE that the next NEW-VIEW in the log names: one a record, as together they may be longer than a record
+    can be.
+    """
+
+    change: Change
 
 
 class LogWedge(Frozen, frozen=True, tag=27):
@@ -66,4 +72,14 @@ class LogWedge(Frozen, frozen=True, tag=27):
     change: Change
 
 
-ENTRIES: tuple[type[Frozen], ...] = (LogJoined, LogSaid, LogPrepared, LogStable, LogOwn, LogSigned, LogView, LogWedge)
+ENTRIES: tuple[type[Frozen], ...] = (
+    LogJoined,
+    LogSaid,
+    LogPrepared,
+    LogStable,
+    LogOwn,
+    LogSigned,
+    LogView,
+    LogVote,
+    LogWedge,
+)

@@ -18,7 +18,7 @@ from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.pbft.book import Added, Book, leader
 from cloudfit_orchestrator.bft.pbft.changes import Changes
 from cloudfit_orchestrator.bft.pbft.fetching import Fetching
-from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView, LogWedge
+from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView, LogVote, LogWedge
 from cloudfit_orchestrator.bft.pbft.messages import (
     MESSAGES,
     WEDGE,
@@ -69,6 +69,7 @@ class PbftOrdering(Ordering):
         self.proofs: dict[int, Decided] = {}  # commit certificates, for those that lag behind
         self._decided: dict[int, bytes] = {}
         self._settled = record.h
+        self._logged_votes: list[Change] = []  # of the own log, until the NEW-VIEW that names them is read
         self._used: dict[bytes, Change] = {}  # wedges that an S was computed from, by digest
         self._early: dict[str, deque[Vote]] = {}
         self._named: dict[bytes, int] = {}  # batches that proposals name -> the highest slot
@@ -250,19 +251,25 @@ class PbftOrdering(Ordering):
 
     def restore(self, entry: Frozen) -> None:
         """See `Ordering`."""
-        if isinstance(entry, LogView):
-            if entry.new_view.c == self.record.c:
+        match entry:
+            case LogVote() if entry.change.c == self.record.c:
+                self._logged_votes.append(entry.change)
+            case LogView() if entry.new_view.c == self.record.c:
                 self._restore_view(entry)
-        elif isinstance(entry, LogWedge):
-            if entry.change.c == self.record.c:
-                self.changes.add(entry.change, trusted=True)
-                self._used[change_statement(entry.change.body)] = entry.change
-        elif self.voice is not None:
-            self.voice.restore(entry)
+            case LogWedge(change=wedge) if wedge.c == self.record.c:
+                self.changes.add(wedge, trusted=True)
+                self._used[change_statement(wedge.body)] = wedge
+            case _ if self.voice is not None:
+                self.voice.restore(entry)
+
+    def restore_votes(self) -> None:
+        """The votes that were read from the own log are named by what comes now."""
+        while self._logged_votes:
+            self.changes.add(self._logged_votes.pop(), trusted=True)
 
     def _restore_view(self, entry: LogView) -> None:
-        for change in (*entry.votes, entry.new_view):
-            self.changes.add(change, trusted=True)
+        self.restore_votes()
+        self.changes.add(entry.new_view, trusted=True)
         for change, body in self.changes.new_views():
             if change == entry.new_view:
                 found = self.changes.named(body.view_changes, body.g)
@@ -287,7 +294,9 @@ class PbftOrdering(Ordering):
                 continue
             found = self.changes.named(body.view_changes, body.g)
             if isinstance(found, tuple):
-                self._out.journal(LogView(change, found[0]))
+                for vote in found[0]:
+                    self._out.journal(LogVote(vote))
+                self._out.journal(LogView(change))
                 self._enter(body.g, change, *found, body.view_changes)
                 break
             if found is False:
@@ -466,7 +475,8 @@ class PbftOrdering(Ordering):
 
     def entries(self) -> list[Frozen]:
         """See `Ordering`."""
-        found: list[Frozen] = [LogView(*self.entered)] if self.entered is not None else []
+        view, votes = self.entered or (None, ())
+        found: list[Frozen] = [*map(LogVote, votes), LogView(view)] if view is not None else []
         found += [LogWedge(change) for change in self._used.values()]
         return found + (self.voice.entries() if self.voice is not None else [])
 

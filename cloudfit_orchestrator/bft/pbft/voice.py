@@ -13,7 +13,15 @@ from cloudfit_orchestrator.bft.messages import NOOP, Frozen, encode
 from cloudfit_orchestrator.bft.ordering import Host, TakeBatch
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.pbft.book import leader
-from cloudfit_orchestrator.bft.pbft.journal import LogJoined, LogOwn, LogPrepared, LogSaid, LogSigned, LogStable
+from cloudfit_orchestrator.bft.pbft.journal import (
+    LogJoined,
+    LogOwn,
+    LogPrepared,
+    LogSaid,
+    LogSigned,
+    LogStable,
+    LogVote,
+)
 from cloudfit_orchestrator.bft.pbft.messages import (
     WEDGE,
     Change,
@@ -120,8 +128,7 @@ class Voice:
     def _restore_own(self, entry: LogOwn) -> None:
         body = decode_body(entry.body)
         if isinstance(body, NewView):
-            for change in entry.votes:
-                self._of.changes.add(change, trusted=True)
+            self._of.restore_votes()
             self._new_views[body.g] = entry.body
             self.name_votes()
             return
@@ -151,9 +158,10 @@ class Voice:
         found: list[Frozen] = [LogJoined(c)] if self._joined else []
         if self.stable.signatures:
             found.append(LogStable(c, self.stable.slot, self.stable.digest, self.stable.signatures))
-        found += [LogOwn(c, body, self._votes_of(body)) for _, body in sorted(self._new_views.items())]
+        for _, body in sorted(self._new_views.items()):
+            found += [*map(LogVote, self._votes_of(body)), LogOwn(c, body)]
         if self._body:
-            found.append(LogOwn(c, self._body, ()))
+            found.append(LogOwn(c, self._body))
         if self.change is not None:
             found.append(LogSigned(self.change))
         found += [LogPrepared(c, prepared) for _, prepared in sorted(self.prepared.items())]
@@ -234,7 +242,7 @@ class Voice:
         stable = self.stable
         body = encode(ViewChange(self._at.me, target, stable.slot, stable.digest, stable.signatures, prepared))
         self._body, self.change = body, None
-        self._out.journal(LogOwn(self._c, body, ()))
+        self._out.journal(LogOwn(self._c, body))
         self._sign_change(body)
 
     def _sign_change(self, body: bytes) -> None:
@@ -263,7 +271,9 @@ class Voice:
         if isinstance(found, tuple):
             body = encode(NewView(self._at.me, g, names))
             self._new_views[g] = body
-            self._out.journal(LogOwn(self._c, body, found[0]))
+            for vote in found[0]:
+                self._out.journal(LogVote(vote))
+            self._out.journal(LogOwn(self._c, body))
             self._sign_new_view(g, body)
 
     def name_votes(self) -> None:

@@ -15,7 +15,7 @@ from cloudfit_orchestrator.bft.usig.citations import Citations
 from cloudfit_orchestrator.bft.usig.evidence import Attestations, Statements
 from cloudfit_orchestrator.bft.usig.judge import Broken, Held, StreamState, initial, judge, leader, stated
 from cloudfit_orchestrator.bft.usig.logvotes import LogVotes
-from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge, slots_of
+from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge, quorums, slots_of
 from cloudfit_orchestrator.bft.usig.messages import (
     Choice,
     Commit,
@@ -381,12 +381,8 @@ class Configuration:
             record = open_record(prepared, self._controllers)
         except BadError:
             return False
-        return (
-            record.group == self.record.group
-            and record.status is Status.PREPARED
-            and record.base == self.record.c
-            and record.c > self.record.c
-        )
+        named = (record.group, record.status, record.base)
+        return named == (self.record.group, Status.PREPARED, self.record.c) and record.c > self.record.c
 
     def new_view_recomputes(self, leader: str, cv: int, header: NewView, payload: bytes) -> bool | None:
         """See `judge.Evidence`. A view that a standing stream has entered has a NEW-VIEW that stands, and it is this
@@ -437,9 +433,7 @@ class Configuration:
     def stands(self, replica: str, cv: int) -> bool | None:
         """See `judge.Evidence`."""
         stream = self.streams.get(replica)
-        if stream is None:
-            return False
-        stands = stream.stands(cv)
+        stands = stream.stands(cv) if stream is not None else False
         if stands is None:
             self.wanted.stream(replica, cv)
         return stands
@@ -455,6 +449,13 @@ class Configuration:
         return (found.header, found.choices) if found else None
 
     # --------------------------------------------------------------------------------------------------- view change
+    def quorums(self, target: int) -> list[tuple[Vote, ...]]:
+        """See `merge.quorums`; of the votes for `target`. What they miss is wanted."""
+        found, missing = quorums(self.record, self.votes.of(target), self)
+        self.wanted.add(missing)
+        self._merge_wants |= self.wanted.batches
+        return found
+
     def try_merge(self, votes: Sequence[Vote]) -> Merged | None:
         """The merge of `votes`; None if something is missing, which is then wanted."""
         outcome = merge(self.record, votes, self)

@@ -1,4 +1,8 @@
-"""Votes of logs: what VIEW-CHANGEs, wedges and closed epochs contribute to a merge (protocol §5, §6.5)."""
+"""Votes of logs: what VIEW-CHANGEs, wedges and closed epochs contribute to a merge (protocol §5, §6.5).
+
+A closed epoch's stream says no more, so it stands for any target above all that it asked for or entered, as if that had
+been its last message. Its name is that of the counter after its last.
+"""
 
 from collections.abc import Sequence
 
@@ -31,6 +35,7 @@ class LogVotes:
         self._controllers = controllers
         self._votes: dict[str, dict[int, Vote]] = {replica: {} for replica in streams}
         self.epoch_ends: dict[str, EpochEnd] = {}
+        self._closed: dict[str, Vote] = {}  # of streams that EPOCH-END closed: for any target above their v and e
 
     def want_logs(self) -> None:
         """Ask for the logs of votes that were jumped over: whoever holds them can prove them."""
@@ -77,12 +82,19 @@ class LogVotes:
         return tuple(sorted(found))
 
     def of(self, target: int) -> list[Vote]:
-        """The votes for `target` that stand, one a member; for `WEDGE` also the closed streams that are read to their
-        end: EPOCH-END and the whole log are a vote.
+        """The votes for `target` that stand, one a member, the closed streams that are read to their end among them:
+        EPOCH-END and the whole log are a vote.
         """
-        if target == WEDGE:
-            self._close()
-        return [votes[target] for votes in self._votes.values() if target in votes]
+        self._close()
+        found = ((votes.get(target) or self._of_closed(replica, target)) for replica, votes in self._votes.items())
+        return [vote for vote in found if vote is not None]
+
+    def _of_closed(self, replica: str, target: int) -> Vote | None:
+        """The vote of a closed stream, if it is one for `target`: above all that its member asked for or entered."""
+        vote = self._closed.get(replica)
+        if vote is None or vote.state.wedged:
+            return None
+        return vote if target == WEDGE or target > max(vote.state.v, vote.state.e) else None
 
     def named(self, target: int, names: Sequence[Named], citer: str = "") -> list[Vote] | bool | None:
         """The votes that a NEW-VIEW (of `citer`) or a wedge set names; False if one is none, None if not all are
@@ -90,8 +102,7 @@ class LogVotes:
         """
         if len({name.replica for name in names}) != len(names) or len(names) < self._record.quorums.view_change:
             return False
-        if target == WEDGE:
-            self._close()
+        self._close()
         votes: list[Vote] = []
         unknown = False
         for name in names:
@@ -99,6 +110,9 @@ class LogVotes:
             if stream is None:
                 return False
             vote = self._votes[name.replica].get(target) or self._again(stream, target, name)
+            closed = self._of_closed(name.replica, target)
+            if vote is None or (closed is not None and closed.name == name):
+                vote = closed
             if vote is not None:
                 if vote.name != name:
                     return False
@@ -126,13 +140,16 @@ class LogVotes:
         """Streams that EPOCH-END closed, and that are read to their end, vote for any wedge."""
         for replica, end in self.epoch_ends.items():
             stream = self._streams[replica]
-            if not self._closed(stream, end) or WEDGE in self._votes[replica]:
+            if not self._ends_here(stream, end) or self._has_closed(replica):
                 continue
             if stream.complete(self._window):
                 self._read_closed(end, stream.state, list(stream.kept.values()))
 
+    def _has_closed(self, replica: str) -> bool:
+        return replica in self._closed or WEDGE in self._votes[replica]
+
     @staticmethod
-    def _closed(stream: Stream, end: EpochEnd) -> bool:
+    def _ends_here(stream: Stream, end: EpochEnd) -> bool:
         return stream.ended is None and stream.cursor == end.cv_end
 
     def read_closed(self, replica: str, state: StreamState, log: Sequence[Kept]) -> None:
@@ -145,14 +162,14 @@ class LogVotes:
 
     def _read_closed(self, end: EpochEnd, state: StreamState, log: Sequence[Kept]) -> None:
         name = Named(end.replica, end.cv_end + 1, end.last_digest)
-        self._votes[end.replica][WEDGE] = vote_of(self._record, name, state, log)
+        self._closed[end.replica] = vote_of(self._record, name, state, log)
 
     @property
     def unread(self) -> bool:
         """Whether a stream was closed that is held from an anchor too near: who holds its whole log can prove it."""
         self._close()
         return any(
-            self._closed(self._streams[replica], end) and WEDGE not in self._votes[replica]
+            self._ends_here(self._streams[replica], end) and not self._has_closed(replica)
             for replica, end in self.epoch_ends.items()
         )
 

@@ -137,8 +137,25 @@ def merge(record: ConfigRecord, votes: Sequence[Vote], lookup: Lookup) -> Merged
     blacklist = work.blacklist(top) if record.algorithm != Algorithm.MINBFT else ()
     retired = tuple(sorted(set(top.retired).union(*(vote.retires for vote in votes))))
     if work.batches or work.views or work.streams:
-        return Missing(tuple(sorted(work.batches)), tuple(sorted(work.views)), tuple(sorted(work.streams)))
+        return work.missing
     return Merged(h, s_max, tuple(choices), blacklist, retired)
+
+
+def quorums(record: ConfigRecord, votes: Sequence[Vote], lookup: Lookup) -> tuple[list[tuple[Vote, ...]], Missing]:
+    """Sets of Qv of these votes whose merge misses nothing, and what the votes miss. One set at most for each h* that
+    there can be, the highest first: whoever tries them all, with each message that comes in, does little (of 13 votes
+    there are 1,716 sets of 7). All correct members' votes are in one of them in the end: they have what they voted for.
+    """
+    work = _Work(record, lookup, 0)
+    told = [(work.told_from(vote), vote) for vote in votes]
+    found: list[tuple[Vote, ...]] = []
+    for h in sorted({vote.state.h for vote in votes}, reverse=True):
+        ready = [vote for least, vote in told if least <= h]
+        top = next((vote for vote in ready if vote.state.h == h), None)
+        if top is not None and len(ready) >= record.quorums.view_change:
+            others = [vote for vote in ready if vote is not top][: record.quorums.view_change - 1]
+            found.append(tuple(vote for vote in ready if vote is top or vote in others))
+    return found, work.missing
 
 
 class _Work:
@@ -153,6 +170,22 @@ class _Work:
         self.batches: set[bytes] = set()
         self.views: set[int] = set()
         self.streams: set[tuple[str, int]] = set()
+
+    @property
+    def missing(self) -> Missing:
+        return Missing(tuple(sorted(self.batches)), tuple(sorted(self.views)), tuple(sorted(self.streams)))
+
+    def told_from(self, vote: Vote) -> int:
+        """The least h* with which nothing of that vote is missing."""
+        least = vote.state.h
+        for g, s_max in vote.views:
+            if s_max > least and self._lookup.new_view(g) is None:
+                self.views.add(g)
+                least = s_max
+        for proposal in vote.proposals:
+            if proposal.s > vote.state.h and self._verdict(proposal) is None:
+                least = max(least, proposal.s)
+        return least
 
     def add(self, proposal: Proposal) -> None:
         if proposal.s > self._h:
@@ -180,30 +213,25 @@ class _Work:
         return None
 
     def _eligible(self, candidate: Proposal | Choice) -> bool:
-        if isinstance(candidate, Choice):
-            return True  # of a NEW-VIEW that stands
+        return isinstance(candidate, Choice) or bool(self._verdict(candidate))  # a NEW-VIEW's stands
+
+    def _verdict(self, candidate: Proposal) -> bool | None:
+        """Whether it is eligible; None if that cannot be told."""
         stands = self._lookup.stands(candidate.proposer, candidate.cv)
         if stands is None:
             self.streams.add((candidate.proposer, candidate.cv))
         if not stands:
-            return False
+            return stands
         if candidate.batch == NOOP:
             return True
         valid = self._lookup.batch_valid(candidate.batch)
         if valid is None:
             self.batches.add(candidate.batch)
-        return bool(valid)
+        return valid
 
     def blacklist(self, top: StreamState) -> tuple[str, ...]:
         """The blacklist of the highest view entered, plus the proposer of its lowest slot without a proposal."""
-        s_max = self._ends.get(top.e)
-        if s_max is None:
-            found = self._lookup.new_view(top.e)
-            if found is None:
-                self.views.add(top.e)
-                return ()
-            s_max = found[0].s_max
-        s = max(self._h, s_max) + 1
+        s = max(self._h, self._ends.get(top.e, 0)) + 1  # entered ahead of all logs here: then s_max(e) <= h*, see above
         while any(self._eligible(x) for x in self.candidates.get(s, {}).get(top.e, ())):
             s += 1
         turn = proposers(self._record, top.e, top.blacklist, top.retired)

@@ -423,6 +423,10 @@ class UsigOrdering(Ordering):
         """See `Ordering`."""
         return [vote.name for vote in self.configuration.votes.of(WEDGE)]
 
+    def wedge_sets(self) -> list[tuple[Named, ...]]:
+        """See `Ordering`."""
+        return [tuple(vote.name for vote in chosen) for chosen in self.configuration.quorums(WEDGE)]
+
     def final(self, names: Sequence[Named]) -> Final | None:
         """See `Ordering`."""
         votes = self.configuration.votes.named(WEDGE, names)

@@ -6,7 +6,6 @@ a correct replica cannot end its own stream.
 """
 
 from collections.abc import Callable
-from itertools import combinations
 
 from cloudfit_orchestrator.bft.messages import NOOP, encode
 from cloudfit_orchestrator.bft.ordering import ProtocolError
@@ -174,8 +173,7 @@ class Voice:
         g = self.tail.v
         if not self.room or self.tail.wedged or g <= self.tail.e or leader(self._record, g) != self.me:
             return
-        votes = self._configuration.votes.of(g)
-        for chosen in combinations(votes, self._record.quorums.view_change):
+        for chosen in self._configuration.quorums(g):
             merged = self._configuration.try_merge(chosen)
             if merged is not None and self._can_enter(merged.h, merged.s_max, merged.choices):
                 self._say_new_view(g, merged, chosen)

@@ -38,7 +38,9 @@ class Machine:
         log: Iterable[bytes] = (),
         snapshots: Mapping[tuple[int, int], Snapshot] | None = None,
         start: bool = True,
+        incarnation: int | None = None,
     ) -> None:
+        """`incarnation`: another one than the member's, for a machine that is no member yet."""
         self.house, self.me = house, me
         self.log: list[bytes] = list(log)
         self.disk: dict[tuple[int, int], Snapshot] = dict(snapshots or {})
@@ -52,8 +54,9 @@ class Machine:
         self.now_s = 0.0
         member = house.record.member(me)
         assert member is not None
+        self.incarnation = member.incarnation if incarnation is None else incarnation
         self.core = Replica(
-            group=GROUP, replica=me, incarnation=member.incarnation, service=CounterService(),
+            group=GROUP, replica=me, incarnation=self.incarnation, service=CounterService(),
             controller_keys=house.controllers, verifier=house.keys, log=self.log, snapshots=self.disk,
         )  # fmt: skip
         if start:
@@ -176,4 +179,5 @@ class Machine:
 
     def restarted(self, log: Iterable[bytes] | None = None, *, start: bool = True) -> "Machine":
         """The machine that starts again from this one's disk."""
-        return Machine(self.house, self.me, log=self.log if log is None else log, snapshots=self.disk, start=start)
+        log = self.log if log is None else log
+        return Machine(self.house, self.me, log=log, snapshots=self.disk, start=start, incarnation=self.incarnation)

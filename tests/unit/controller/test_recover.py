@@ -64,6 +64,15 @@ def test_the_old_machine_serves_until_the_new_one_is_up_to_date(bench: Bench) ->
     assert log.index("passau resume", first_pause) < log.index("agent passau freeze")
 
 
+def test_no_member_speaks_in_the_old_configuration_when_the_new_one_becomes_active(bench: Bench) -> None:
+    bench.world.log.clear()
+    start(bench.process())
+    log = bench.world.log
+    for agent in ("lisbon", "ulm"):
+        *_, prepared, active = (i for i, entry in enumerate(log) if entry == f"agent {agent} install")
+        assert prepared < log.index(f"agent {agent} close") < active
+
+
 def test_only_the_machine_of_a_suspected_replica_is_paused_while_it_is_replaced(short: Path) -> None:
     """With k = 1 a slot is decided by one faulty member and the one that is due. The batch was with these two alone:
     paused at the freeze, the due one could not hand it round, and no successor could be computed from any wedges.
