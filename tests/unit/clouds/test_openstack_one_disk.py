@@ -239,7 +239,11 @@ def test_preflight_says_what_is_used_and_what_is_missing(fake, cloud, tmp_path):
     def interesting(**changes):
         return [f for f in findings(cloud, **changes) if f[0] in ("state", "flavor")]
 
-    used = ("state", "ok", "on the machine's own disk, snapshots are server images: the catalogue has no volume service")
+    used = (
+        "state",
+        "ok",
+        "on the machine's own disk, snapshots are server images: the catalogue has no volume service",
+    )
     assert interesting() == [used]
     assert not [f for f in cloud.preflight(Demand(1, 384, 1, 256)) if f.name in ("service volume", "volume type")]
     assert interesting(command_line="quiet")[1:] == [

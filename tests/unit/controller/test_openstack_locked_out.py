@@ -1,6 +1,5 @@
 """Credentials that are revoked in the middle of an operation, and servers that go behind our back."""
 
-
 import pytest
 
 from cloudfit_orchestrator.controller.apply import apply
