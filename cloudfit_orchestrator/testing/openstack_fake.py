@@ -9,6 +9,7 @@ import hashlib
 import ipaddress
 import json
 import re
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -70,8 +71,8 @@ class FakeOpenStack(Objects):
     # HTTP
 
     @contextmanager
-    def serving(self) -> Iterator["FakeOpenStack"]:
-        """Serve on a free port of loopback; `url` is Keystone's."""
+    def serving(self, tls: ssl.SSLContext | None = None) -> Iterator["FakeOpenStack"]:
+        """Serve on a free port of loopback, over TLS if it is given; `url` is Keystone's."""
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -105,9 +106,12 @@ class FakeOpenStack(Objects):
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  a client that does not like our certificate
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
         try:
             yield self
         finally:
