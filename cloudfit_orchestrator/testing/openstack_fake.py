@@ -242,11 +242,12 @@ class FakeOpenStack(Objects):
 
         def done(s: dict[str, Any]) -> None:
             s["OS-EXT-STS:task_state"] = None
+            image = self.objects["images"].get(made["id"])
             if self.wrong.snapshot_fails > 0:
                 self.wrong.snapshot_fails -= 1
                 self.objects["images"].pop(made["id"], None)
-            elif made["id"] in self.objects["images"]:
-                made.update(status="active", **{k: base[k] for k in ("kernel_id", "ramdisk_id")})
+            elif image is not None:
+                image.update(status="active", **{k: base[k] for k in ("kernel_id", "ramdisk_id")})
 
         server["_then"] = done
         return str(made["id"])

@@ -78,7 +78,10 @@ def test_a_ca_that_nobody_knows(secure, tmp_path):
     serving, _ = secure
     with serving(300) as fake:
         found, _ = look(tmp_path, fake)
-        with driving(tmp_path, fake) as cloud, pytest.raises(PermanentError, match="TLS: .*certificate verify") as told:
+        with (
+            driving(tmp_path, fake) as cloud,
+            pytest.raises(PermanentError, match=r"TLS: .*certificate verify") as told,
+        ):
             cloud.facts()
     assert told.value.next_command == "check cacert in clouds.yaml, and the certificate"
     assert [(f.name, f.verdict) for f in found] == [("credentials", "fail")]
