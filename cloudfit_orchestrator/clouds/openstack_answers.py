@@ -46,6 +46,14 @@ def error_of(response: requests.Response) -> tuple[str, str]:
     return "", said_in(json.dumps(document))
 
 
+def tls_trouble(text: str) -> str:
+    """What TLS found wrong, if that is what an error of keystoneauth is about: it wraps and repeats the cause."""
+    if "SSLError" not in text:
+        return ""
+    found = re.search(r"\[SSL[^\]]*\] ([^(\"']+)", text)
+    return found[1].strip() if found else said_in(text)
+
+
 def said_in(text: str) -> str:
     """An API's words on one line, cut."""
     return " ".join(text.split())[:MAX_SAID] or "nothing"

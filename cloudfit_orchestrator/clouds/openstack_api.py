@@ -29,6 +29,7 @@ from cloudfit_orchestrator.clouds.openstack_answers import (
     next_page,
     retry_after,
     said_in,
+    tls_trouble,
 )
 from cloudfit_orchestrator.clouds.shared_calls import SharedCalls
 from cloudfit_orchestrator.model.errors import (
@@ -187,6 +188,11 @@ class Api:
             config = openstack.config.OpenStackConfig(config_files=[str(file)], load_envvars=False, app_name="cloudfit")
             changes: dict[str, Any] = {"region_name": self.region} if self.region else {}
             region = config.get_one(cloud=self.cloud, api_timeout=self._timeout[1], **changes)
+            if region.get_auth_args().get("system_scope"):
+                raise BadInputError(
+                    f"cloud {self.cloud} of {file} has credentials of the whole system: machines belong to a project",
+                    next_command="openstack application credential create cloudfit, as a member of a project",
+                )
             return Connection(config=region)
         except openstack.exceptions.ConfigException as error:
             raise BadInputError(
@@ -401,9 +407,10 @@ class Api:
             return LockedOutError(
                 f"{where}: Keystone refuses the credentials of clouds.yaml", next_command=self._new_credentials()
             )
-        if isinstance(error, what.SSLError):
+        trouble = tls_trouble(str(error)) or (said_in(str(error)) if isinstance(error, what.SSLError) else "")
+        if trouble:
             return PermanentError(
-                f"{where}: TLS: {said_in(str(error))}", next_command="check cacert in clouds.yaml, and the certificate"
+                f"{where}: TLS: {trouble}", next_command="check cacert in clouds.yaml, and the certificate"
             )
         absent = openstack.exceptions.EndpointNotFound | openstack.exceptions.ServiceDisabledException
         if isinstance(error, what.EndpointNotFound | what.EmptyCatalog | absent):

@@ -201,6 +201,9 @@ class Preflight:
             found.append(Finding("certificate", "warn", f"no TLS at {', '.join(plain)}: the password is in clear", fix))
         with self._api.connection() as connection:
             verify, _ = connection.config.get_requests_verify_args()
+        if verify is False and urls - set(plain):
+            fix = "set cacert in clouds.yaml instead of verify: false"
+            return [*found, Finding("certificate", "warn", "clouds.yaml says that no certificate is checked", fix)]
         for host, port in sorted({(urlsplit(u).hostname or "", urlsplit(u).port or 443) for u in urls - set(plain)}):
             found += _guarded(
                 f"certificate {host}:{port}",

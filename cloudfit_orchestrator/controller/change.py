@@ -26,7 +26,7 @@ from cloudfit_orchestrator.controller.configure import Configurer
 from cloudfit_orchestrator.controller.destroy import clear, leave
 from cloudfit_orchestrator.controller.difference import Difference, compare, settle
 from cloudfit_orchestrator.controller.journal import GroupRow, GroupState, MachineRow, Operation
-from cloudfit_orchestrator.controller.launch import Launched, let_in, ownership
+from cloudfit_orchestrator.controller.launch import Launched, let_in, unmake
 from cloudfit_orchestrator.controller.parallel import each, watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
@@ -298,13 +298,10 @@ class _Change:
         return [name for names in left.values() for name in names]
 
     def _remove(self, cloud: CloudSpec, rows: list[MachineRow]) -> list[str]:
-        driver = self._x.sites.cloud(cloud)
         for i, row in enumerate(rows):
             try:
                 self._evict(cloud, row)
-                machine = driver.find(ownership(self._x, row))
-                if machine is not None:
-                    driver.destroy(machine)
+                unmake(self._x, cloud, row)
             except (UnknownError, LockedOutError) as error:
                 self._give_up(cloud, error)
                 return [r.peer_id for r in rows[i:]]

@@ -192,6 +192,17 @@ def _create(
     return machine
 
 
+def unmake(context: Context, cloud: CloudSpec, row: MachineRow) -> None:
+    """Remove the machine; of one that is gone behind our back, what it left: disk and address."""
+    driver, deployment, owner = context.sites.cloud(cloud), context.journal.deployment, ownership(context, row)
+    machine = driver.find(owner)
+    if machine is not None:
+        driver.destroy(machine)
+        return
+    left = driver.orphans(deployment, [], evidence=[owner])
+    driver.sweep(deployment, [o for o in left if o.owner is not None and o.owner.identity == owner.identity])
+
+
 def _check_launch(agent: Agent, row: MachineRow, image: Image, envelope: bytes) -> LaunchCertificate:
     """The certificate must be this agent's, of this incarnation, over this image: else the record would lie."""
     key = base64.b64decode(agent.status()["key"], validate=True)

@@ -15,7 +15,7 @@ from cloudfit_orchestrator.controller.agents import GuestRef, NoEpochError, NotA
 from cloudfit_orchestrator.controller.apply import active_record, draft_record, pin, seat
 from cloudfit_orchestrator.controller.configure import Configurer
 from cloudfit_orchestrator.controller.journal import Operation
-from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in, ownership
+from cloudfit_orchestrator.controller.launch import Launched, ensure_network, launch, let_in, ownership, unmake
 from cloudfit_orchestrator.controller.parallel import watch
 from cloudfit_orchestrator.controller.ports import RECOVERY_IMAGE, Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
@@ -305,14 +305,12 @@ class _Recovery:
 
     def _remove(self, *, keep: int) -> None:
         """All machines of the replica but one, the recovery machine first: it stands on the snapshot."""
-        cloud, agent = self._x.sites.cloud(self._cloud), self._own_agent()
+        agent = self._own_agent()
         for row in sorted(self._machines(), key=lambda m: m.role != "recovery"):
             if row.incarnation == keep:
                 continue
             agent.evict(GuestRef(row.group, row.replica, row.incarnation))
-            machine = cloud.find(ownership(self._x, row))
-            if machine is not None:
-                cloud.destroy(machine)
+            unmake(self._x, self._cloud, row)
             self._x.journal.machine_gone(row)
 
     def _new(self) -> Launched:

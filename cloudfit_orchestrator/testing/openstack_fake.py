@@ -8,6 +8,7 @@ server is a 409. Tests reach into `objects` to play a stranger or an administrat
 import ipaddress
 import json
 import re
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -71,8 +72,8 @@ class FakeOpenStack(Glance):
     # HTTP
 
     @contextmanager
-    def serving(self) -> Iterator["FakeOpenStack"]:
-        """Serve on a free port of loopback; `url` is Keystone's."""
+    def serving(self, tls: ssl.SSLContext | None = None) -> Iterator["FakeOpenStack"]:
+        """Serve on a free port of loopback, over TLS if it is given; `url` is Keystone's."""
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -106,9 +107,12 @@ class FakeOpenStack(Glance):
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  a client that does not like our certificate
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
         try:
             yield self
         finally:
@@ -239,11 +243,12 @@ class FakeOpenStack(Glance):
 
         def done(s: dict[str, Any]) -> None:
             s["OS-EXT-STS:task_state"] = None
+            image = self.objects["images"].get(made["id"])
             if self.wrong.snapshot_fails > 0:
                 self.wrong.snapshot_fails -= 1
                 self.objects["images"].pop(made["id"], None)
-            elif made["id"] in self.objects["images"]:
-                made.update(status="active", **{k: base[k] for k in ("kernel_id", "ramdisk_id")})
+            elif image is not None:
+                image.update(status="active", **{k: base[k] for k in ("kernel_id", "ramdisk_id")})
 
         server["_then"] = done
         return str(made["id"])

@@ -27,7 +27,7 @@ def calls_of(fake, act):  # noqa: F811
 
 @pytest.mark.parametrize("cinder", [True, False])
 def test_credentials_revoked_in_the_middle(bench, fake, cinder):  # noqa: F811
-    """One error that says what to do; with credentials the same command ends where it would have, and leaves nothing."""
+    """One error that says what to do; with credentials the same command ends as ever, and leaves nothing."""
     fake.wrong.services = set() if cinder else {"volumev3"}
     lengths = {name: calls_of(fake, lambda act=act: act(bench.process())) for name, act in ACTS.items()}
     assert not any(fake.objects.values())
@@ -108,14 +108,14 @@ def delete_behind_our_back(bench, fake, choose):  # noqa: F811
                 host.all.pop(server["id"], None)
 
 
-def go_on(bench, act):
+def go_on(bench, act):  # noqa: F811
     """The same command until it is done; each failure names the next one."""
     for _ in range(4):
         try:
             return act(bench.process())
         except CloudfitError as error:
-            assert error.next_command, error
             last = error
+        assert last.next_command, last
     raise last
 
 
