@@ -32,7 +32,7 @@ from tests.vm.tiny_guest import extract_package, tiny_image, tiny_manifest
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 
 WROTE = "WROTE-OVER-ITS-DISK"
-BY_UEFI = {"boot": "uefi", "hidden": True, "protected": True}
+BY_UEFI = {"boot": "uefi", "hidden": True, "protected": True, "flavor": "cloudfit.small"}  # firmware needs some memory
 
 
 def uefi_image(init, directory):
