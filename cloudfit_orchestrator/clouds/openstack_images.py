@@ -40,6 +40,8 @@ HARDWARE = {
     "hw_rng_model": "virtio",
     "os_shutdown_timeout": "0",
 }
+# For a config drive, which Nova makes a CD-ROM: on a bus that the image's kernel has a driver for.
+DRIVE_HARDWARE = {"hw_cdrom_bus": "scsi", "hw_scsi_model": "virtio-scsi"}
 _FORMATS = {"kernel": "aki", "initramfs": "ari", "root": "raw", STATE: "qcow2", SINGLE: "qcow2", CARRIER: "ari"}
 _NEWEST = ("root", SINGLE, CARRIER)  # of these the newest of each image stays, with what it names
 _CHUNK = 4 << 20
@@ -95,7 +97,7 @@ class Images:
         return (
             spec.owner.deployment,
             manifest.name,
-            repr((sorted(p.sha256 for p in manifest.parts), manifest.command_line)),
+            repr((sorted(p.sha256 for p in manifest.parts), manifest.command_line, spec.drive is not None)),
         )
 
     def _look(self, spec: MachineSpec) -> str:
@@ -103,7 +105,7 @@ class Images:
         check_command_line(manifest)
         ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
         boot = boot_properties(manifest, ids["kernel"], ids["initramfs"])
-        return self._ensure(deployment, _wanted(spec, "root", {**boot, **HARDWARE}))
+        return self._ensure(deployment, _wanted(spec, "root", boot | _hardware(spec)))
 
     def ensure_single(self, spec: MachineSpec, state_mib: int) -> str:
         """Id of the image of root and empty state in one disk, and what it names. Errors as of `ensure_boot`."""
@@ -116,7 +118,7 @@ class Images:
         manifest, deployment = spec.manifest, spec.owner.deployment
         ids = {kind: self._ensure(deployment, _wanted(spec, kind)) for kind in ("kernel", "initramfs")}
         boot = boot_properties(manifest, ids["kernel"], ids["initramfs"])
-        root = _wanted(spec, "root", {**boot, **HARDWARE})
+        root = _wanted(spec, "root", boot | _hardware(spec))
         digest = hashlib.sha256(f"{root.digest} {state_mib}".encode()).hexdigest()
         name = f"{deployment}-{manifest.name}-{SINGLE}-{digest[:16]}"
         gib = -(-single_disk_mib(state_mib) // 1024)
@@ -362,6 +364,10 @@ def _joined(parts: Collection[bytes | Path]) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _hardware(spec: MachineSpec) -> dict[str, str]:
+    return HARDWARE if spec.drive is None else HARDWARE | DRIVE_HARDWARE
 
 
 def _wanted(spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None) -> _Wanted:

@@ -110,7 +110,9 @@ class Stream(Protocol):
 
 
 class Dialer(ABC):
-    """Opens connections to one agent's socket."""
+    """Opens connections to one agent's socket. `help`: the command to run when nobody answers."""
+
+    help = "cloudfit agent run"
 
     @abstractmethod
     def dial(self) -> Stream:
@@ -232,6 +234,8 @@ class _Connection:
 class AgentClient:
     """One agent. Every method raises the error that the agent named, or TemporaryError when it cannot be reached."""
 
+    inside = False
+
     def __init__(self, dialer: Dialer) -> None:
         """Dials at the first call."""
         self._dialer = dialer
@@ -264,6 +268,11 @@ class AgentClient:
     def status(self) -> dict[str, Any]:
         """`agent`, `key`, `guests`, `groups`, `counters`."""
         return self._call({"op": "status"})
+
+    def key_of(self, guest: GuestRef) -> bytes:
+        """The key that launch certificates of its guests are signed with."""
+        del guest
+        return _raw(self.status()["key"])
 
     def admit(
         self,
@@ -361,7 +370,7 @@ class AgentClient:
             return _Connection(self._dialer.dial())
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise TemporaryError(
-                f"agent at {self._dialer} cannot be reached: {error}", next_command="cloudfit agent run"
+                f"agent at {self._dialer} cannot be reached: {error}", next_command=self._dialer.help
             ) from error
 
     def _exchange(self, connection: _Connection, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -234,7 +234,7 @@ class _Change:
             lambda c, members, previous: draft_record(
                 self._x, self._wanted, self._base, c=c, members=members, previous=previous, clients=self._x.clients
             ),
-            leaving=leaving,
+            f=self._wanted.f, leaving=leaving,
         )  # fmt: skip
         configurer.run(self._close_leaving)
 
@@ -286,8 +286,10 @@ class _Change:
                 return
             try:
                 agent.close_epoch(GuestRef(self._op.group, member.replica, member.incarnation), self._base.c)
-            except (NotAdmittedError, NoEpochError, UnknownError) as error:
+            except CloudfitError as error:
                 self._x.check_cancelled()
+                if not (agent.inside or isinstance(error, NotAdmittedError | NoEpochError | UnknownError)):
+                    raise
                 self._say("close", f"{member.replica}: {error.fact}")
 
         each(self._x, self._leave, close)

@@ -18,7 +18,7 @@ from cloudfit_orchestrator.controller import yaml_nodes
 from cloudfit_orchestrator.controller.yaml_nodes import Document, Problem
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Algorithm, Parameters
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, OpenStackPlace, Recovery, Sizes
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, OpenStackPlace, Recovery, Sizes, Trust
 
 API_VERSION = "cloudfit/v1"
 MIN_BATCH_BYTES = 4096  # room for one small request with its signature
@@ -157,6 +157,7 @@ class SpecFile(_Strict):
     f: Small
     k: Small = 0
     replicas: Annotated[int, Field(strict=True, ge=1, le=MAX_MEMBERS)] | None = None
+    trust: Literal["hypervisor", "none"] = "hypervisor"
     algorithm: Literal["ebawa", "minbft", "pbft"] = "ebawa"
     clouds: Annotated[list[_Cloud], Field(min_length=1, max_length=MAX_MEMBERS)]
     placement: _Placement = _Placement()
@@ -300,7 +301,10 @@ def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> 
     def wrong(path: yaml_nodes.Path, message: str, hint: str = "") -> None:
         problems.append(Problem(*document.where(path), message, hint))
 
-    _check_clouds(v.get("clouds", []), wrong)
+    trust = v.get("trust")
+    _check_clouds(v.get("clouds", []), trust, wrong)
+    if trust == Trust.NONE:
+        _check_untrusted(v, wrong)
     p = v.get("parameters")
     if p is not None and p.window < p.checkpoint_period:
         hint = "4 * checkpoint_period leaves room"
@@ -330,7 +334,7 @@ def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> 
     return (place(n, v["f"], names, limit),)
 
 
-def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
+def _check_clouds(clouds: list[_Cloud], trust: str | None, wrong: Any) -> None:
     seen: set[str] = set()
     for i, cloud in enumerate(clouds):
         kinds = [k for k in ("libvirt", "process", "openstack") if getattr(cloud, k) is not None]
@@ -340,11 +344,12 @@ def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
         if cloud.name in seen:
             wrong(("clouds", i, "name"), f"cloud {cloud.name!r} is named twice", "each cloud needs its own name")
         seen.add(cloud.name)
-        if cloud.libvirt and "+ssh://" in cloud.libvirt.uri and cloud.agent is None:
-            hint = "add agent: {socket: /run/cloudfit/agent.sock}"
-            wrong(("clouds", i), f"cloud {cloud.name!r} is remote: the controller cannot start its agent", hint)
-        if cloud.openstack:
-            _check_trust(i, cloud, wrong)
+        if trust == Trust.HYPERVISOR:
+            _check_agent(i, cloud, wrong)
+        elif trust == Trust.NONE and (cloud.agent or (cloud.openstack and cloud.openstack.agent)):
+            where = ("clouds", i, "agent") if cloud.agent else ("clouds", i, "openstack", "agent")
+            hint = "leave agent: out, or with agents on all hosts say trust: hypervisor"
+            wrong(where, f"cloud {cloud.name!r} has an agent, and trust: none uses none", hint)
     nets = [
         (i, ipaddress.IPv4Network(c.libvirt.network)) for i, c in enumerate(clouds) if c.libvirt and c.libvirt.network
     ]
@@ -354,20 +359,42 @@ def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
                 wrong(("clouds", i, "libvirt", "network"), f"{net} overlaps the network of {clouds[j].name!r}")
 
 
-def _check_trust(i: int, cloud: _Cloud, wrong: Any) -> None:
-    """The algorithms that we have rest on a wormhole at the hypervisor, and that needs root on the compute hosts."""
-    agent = cloud.openstack.agent if cloud.openstack else None
+def _check_agent(i: int, cloud: _Cloud, wrong: Any) -> None:
+    """trust: hypervisor rests on a wormhole at the hypervisor, and that needs root on the compute hosts."""
+    if cloud.libvirt and "+ssh://" in cloud.libvirt.uri and cloud.agent is None:
+        hint = "add agent: {socket: /run/cloudfit/agent.sock}; without root there, trust: none"
+        wrong(("clouds", i), f"cloud {cloud.name!r} is remote: the controller cannot start its agent", hint)
+    if cloud.openstack is None:
+        return
+    agent = cloud.openstack.agent
     if cloud.agent is not None:
         wrong(("clouds", i, "agent"), "an openstack cloud names its agent inside openstack", "openstack: {agent: …}")
     if agent is None:
         hint = (
             "with root on its compute hosts run cloudfit-agent there and add agent: {ssh: root@host, socket: /run/…}, "
-            "or agent: {} if the compute host is this one; without, use a libvirt cloud"
+            "or agent: {} if the compute host is this one; without, say trust: none with algorithm: pbft"
         )
         wrong(("clouds", i, "openstack"), f"cloud {cloud.name!r} has no agent: nobody measures what boots there", hint)
     elif agent.ssh and not agent.socket:
         hint = "add socket: /run/cloudfit/agent.sock"
         wrong(("clouds", i, "openstack", "agent"), "a remote agent is not started by the controller", hint)
+
+
+def _check_untrusted(v: dict[str, Any], wrong: Any) -> None:
+    """Without a trusted component only PBFT stands, and a cloud that is malicious itself must count within f."""
+    if v.get("algorithm", Algorithm.PBFT) != Algorithm.PBFT:
+        hint = "algorithm: pbft, with 3f+1 replicas; or trust: hypervisor with an agent on every host"
+        wrong(
+            ("trust",),
+            f"{v['algorithm']} believes the counters of a wormhole, and with trust: none there is none",
+            hint,
+        )
+    if v.get("f") == 0:
+        wrong(("f",), "with f=0 a malicious cloud would have the group", "f: 1 or more, on 3f+1 replicas")
+    placement = v.get("placement")
+    if placement is not None and "f" in v and placement.max_per_cloud != "f" and placement.max_per_cloud > v["f"] > 0:
+        says = f"a malicious cloud would have {placement.max_per_cloud} replicas, more than f={v['f']}"
+        wrong(("placement", "max_per_cloud"), says, f"max_per_cloud: f, which is {v['f']}")
 
 
 def _check_adversary(v: dict[str, Any], n: int | None, wrong: Any) -> None:
@@ -414,7 +441,7 @@ def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
         f=s.f,
         k=s.k,
         algorithm=Algorithm(s.algorithm),
-        clouds=tuple(_cloud_spec(c) for c in s.clouds),
+        clouds=tuple(replace(_cloud_spec(c), trust=Trust(s.trust)) for c in s.clouds),
         placement=placed.placement,
         image=s.image,
         allow_adversary=s.allow_adversary,
@@ -461,6 +488,7 @@ def _cloud_from_json(doc: dict[str, Any]) -> CloudSpec:
     place = doc.pop("openstack", None)
     if place is not None:
         place = OpenStackPlace(**{**place, "clients": tuple(place["clients"])})
+    doc["trust"] = Trust(doc.get("trust", Trust.HYPERVISOR))  # specs from before there was a choice
     return CloudSpec(**doc, openstack=place)
 
 
