@@ -123,6 +123,9 @@ class Agent(ABC):
 
     async def evict(self, identity: Identity) -> None:
         """Destroy the guest's keys and let go of its channel."""
+        await self._dismiss(identity)
+
+    async def _dismiss(self, identity: Identity) -> None:
         guest = self.table.evict(identity)
         if guest is not None:
             await self._let_go(guest)
@@ -140,7 +143,7 @@ class Agent(ABC):
     async def stop(self) -> None:
         """Evict everybody."""
         for guest in self.table:
-            await self.evict(guest.identity)
+            await self._dismiss(guest.identity)
 
     def status(self) -> dict[str, Any]:
         """Figures for the controller; no key material."""

@@ -20,6 +20,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from cloudfit_orchestrator.wormhole.memory import Memory
 from cloudfit_orchestrator.wormhole.tls import Credentials
 
 MEMORY = "agent.json"
-MAX_HANDSHAKES = 8  # under way at once: there is one controller, and each costs a signature
+MAX_HANDSHAKES = 8  # under way at once: there is one controller; beyond it the address that has most gives one up
 HANDSHAKE_TIMEOUT_S = 10.0
 COUNTED = frozenset({Algorithm.EBAWA, Algorithm.MINBFT})  # 2f+1 are enough for them because counters do not lie
 _IP_FREEBIND = 15  # ip(7): the address is the interface's only once the replica has read its WELCOME
@@ -166,23 +167,25 @@ class Door:
         self._expected = drive.controller
         self._agent = agent
         self._control = control
-        self._under_way = 0
+        self._under_way: dict[asyncio.Task[None], str] = {}  # -> address; oldest first
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until its end."""
-        if self._under_way >= MAX_HANDSHAKES:
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way[task] = str((writer.get_extra_info("peername") or ("",))[0])
+        if len(self._under_way) > MAX_HANDSHAKES:
             self._agent.counters["control-crowded"] += 1
-            writer.close()
-            return
-        self._under_way += 1
+            ((most, _),) = Counter(self._under_way.values()).most_common(1)
+            next(each for each, address in self._under_way.items() if address == most).cancel()
         try:
             await writer.start_tls(self._context, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.CancelledError):
             self._agent.counters["control-stranger"] += 1
             writer.close()
             return
         finally:
-            self._under_way -= 1
+            del self._under_way[task]
         tls = writer.get_extra_info("ssl_object")
         if not isinstance(tls, ssl.SSLObject) or tls.getpeercert(binary_form=True) != self._expected:
             self._agent.counters["control-stranger"] += 1
