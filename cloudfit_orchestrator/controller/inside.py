@@ -80,7 +80,7 @@ class InsideAgents:
             return call(client)
         except CloudfitError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BadError(
                 f"the agent inside {_name(guest)} answers nonsense: {error!r}"[:500],
                 next_command=f"cloudfit recovery start {guest.group} {guest.replica} --suspected",

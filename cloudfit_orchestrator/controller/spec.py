@@ -384,11 +384,8 @@ def _check_untrusted(v: dict[str, Any], wrong: Any) -> None:
     """Without a trusted component only PBFT stands, and a cloud that is malicious itself must count within f."""
     if v.get("algorithm", Algorithm.PBFT) != Algorithm.PBFT:
         hint = "algorithm: pbft, with 3f+1 replicas; or trust: hypervisor with an agent on every host"
-        wrong(
-            ("trust",),
-            f"{v['algorithm']} believes the counters of a wormhole, and with trust: none there is none",
-            hint,
-        )
+        says = f"{v['algorithm']} believes the counters of a wormhole, and with trust: none there is none"
+        wrong(("trust",), says, hint)
     if v.get("f") == 0:
         wrong(("f",), "with f=0 a malicious cloud would have the group", "f: 1 or more, on 3f+1 replicas")
     placement = v.get("placement")
