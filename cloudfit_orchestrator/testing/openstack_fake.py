@@ -266,6 +266,7 @@ class FakeOpenStack(Objects):
                 "image": {"id": image["id"]}, "_properties": dict(image), "hostId": "h1",
                 "_ports": [p["id"] for p in ports],
                 "os-extended-volumes:volumes_attached": [{"id": v["id"]} for v in volumes], "_then": self._booted,
+                "config_drive": "True" if wanted["config_drive"] else "", "_user_data": wanted.get("user_data"),
             },
         )  # fmt: skip
         for port in ports:

@@ -269,7 +269,7 @@ def test_trust_none_needs_no_agent_anywhere() -> None:
             "process: {}}",
             "process: {}, agent: {socket: /s}}",
             10,
-            36,
+            35,
             "has an agent, and trust: none",
             "leave agent: out",
         ),
