@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
-from cloudfit_orchestrator.controller.spec import losses, members_needed
+from cloudfit_orchestrator.controller.placement import losses, members_needed
 from cloudfit_orchestrator.model.errors import BadInputError, RefusedError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Client, ConfigRecord, Parameters
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Trust

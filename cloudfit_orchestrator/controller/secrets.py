@@ -15,7 +15,8 @@ from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.wormhole.tls import Credentials
 
 CONTROL_OFFSET = 1  # the agent inside a guest listens on the port after the replica's
-DIAL_TIMEOUT_S = 5.0  # a machine that is there answers in milliseconds; one that is gone must hold up nobody
+DIAL_TIMEOUT_S = 5.0  # the kernel of a machine that is there answers at once; one that is gone must hold up nobody
+HANDSHAKE_TIMEOUT_S = 20.0  # an emulated guest on a busy host needs seconds
 
 
 class GuestSecrets:
@@ -62,6 +63,7 @@ class TlsDialer(Dialer):
         """See `Dialer`. Raises BadError if somebody else answers."""
         plain = socket.create_connection(self._where, DIAL_TIMEOUT_S)
         try:
+            plain.settimeout(HANDSHAKE_TIMEOUT_S)
             stream = self._context.wrap_socket(plain)
         except ssl.SSLCertVerificationError as error:
             plain.close()

@@ -7,14 +7,14 @@ import difflib
 import ipaddress
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from cloudfit_orchestrator.controller import yaml_nodes
+from cloudfit_orchestrator.controller.placement import Placed, members_needed, place
 from cloudfit_orchestrator.controller.yaml_nodes import Document, Problem
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Algorithm, Parameters
@@ -291,13 +291,7 @@ def _sound_fields(data: dict[str, Any], bad: set[str]) -> dict[str, Any]:
     return fields
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    placement: tuple[tuple[str, str], ...]
-    not_tolerated: tuple[str, ...]
-
-
-def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> tuple[_Placed] | None:
+def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> tuple[Placed] | None:
     def wrong(path: yaml_nodes.Path, message: str, hint: str = "") -> None:
         problems.append(Problem(*document.where(path), message, hint))
 
@@ -408,30 +402,7 @@ def _check_adversary(v: dict[str, Any], n: int | None, wrong: Any) -> None:
         wrong(("adversary",), f"{len(set(names))} adversaries, but f={v['f']}", "name at most f replicas")
 
 
-def place(n: int, f: int, clouds: list[str], limit: int) -> _Placed:
-    """Round robin over `clouds`, at most `limit` on each; also what the placement does not tolerate, in words."""
-    placement = tuple((f"r{i}", clouds[i % len(clouds)]) for i in range(n))
-    for cloud in clouds:
-        here = sum(1 for _, c in placement if c == cloud)
-        if here > limit:
-            raise BadInputError(f"{here} replicas on cloud {cloud!r}, at most {limit} are allowed")
-    return _Placed(placement, losses(placement, f, clouds))
-
-
-def losses(placement: tuple[tuple[str, str], ...], f: int, clouds: Iterable[str]) -> tuple[str, ...]:
-    """What that placement does not tolerate, in words."""
-    counts = [(cloud, sum(1 for _, c in placement if c == cloud)) for cloud in clouds]
-    return tuple(
-        f"the loss of cloud {c!r}: it holds {here} replicas, more than f={f}" for c, here in counts if here > f
-    )
-
-
-def members_needed(algorithm: str, f: int, k: int) -> int:
-    """The fewest replicas for f and k (protocol §1)."""
-    return 3 * f + 2 * k + 1 if algorithm == Algorithm.PBFT else 2 * f + k + 1
-
-
-def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
+def _group_spec(s: SpecFile, placed: Placed) -> GroupSpec:
     return GroupSpec(
         group=s.group,
         service=s.service,

@@ -41,7 +41,7 @@ from cloudfit_orchestrator.wormhole.tls import Credentials
 
 MEMORY = "agent.json"
 MAX_HANDSHAKES = 8  # under way at once: there is one controller; beyond it the address that has most gives one up
-HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 30.0  # more than the controller waits for
 COUNTED = frozenset({Algorithm.EBAWA, Algorithm.MINBFT})  # 2f+1 are enough for them because counters do not lie
 _IP_FREEBIND = 15  # ip(7): the address is the interface's only once the replica has read its WELCOME
 

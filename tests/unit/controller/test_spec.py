@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from cloudfit_orchestrator.controller.placement import place
 from cloudfit_orchestrator.controller.spec import (
     SpecError,
     from_json,
     json_schema,
     parse_spec,
-    place,
     read_spec,
     to_json,
 )
