@@ -8,6 +8,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,17 +207,22 @@ class _Connection:
         line = json.dumps({"id": self._number} | request).encode() + b"\n"
         if len(line) > MAX_LINE_BYTES:
             raise BadInputError(f"a request of {len(line)} bytes, the limit is {MAX_LINE_BYTES}")
+        deadline = time.monotonic() + timeout_s
         self._stream.settimeout(timeout_s)
         self._stream.sendall(line)
-        answer = json.loads(self._line())
+        answer = json.loads(self._line(deadline))
         if not isinstance(answer, dict) or answer.get("id") != self._number:
             raise EOFError("the answer is not to the request")
         return answer
 
-    def _line(self) -> bytes:
+    def _line(self, deadline: float) -> bytes:
         parts = [self._rest]
         size = len(self._rest)
         while b"\n" not in parts[-1]:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:  # one that sends a byte now and then is as late as one that sends none
+                raise TimeoutError("the answer did not come in time")
+            self._stream.settimeout(left_s)
             part = self._stream.recv(READ_BYTES)
             size += len(part)
             if not part:

@@ -36,6 +36,7 @@ from cloudfit_orchestrator.model.statement import Kind, statement_bytes
 MAX_ATTEMPTS = 8  # each lost one needs a crash of a wormhole or a rival controller
 CONFIRM_TIMEOUT_S = 300.0  # software emulation replays slowly; running again goes on waiting
 READY_TIMEOUT_S = 300.0
+MAX_STATES = 8  # that one member confirms of one configuration: a correct one comes to another S a few times at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class Configurer:
             if found is None:
                 return False
             replica, state, signature = found
+            if sum(replica in votes for votes in heard.values()) >= MAX_STATES:
+                return False
             heard.setdefault(state, {})[replica] = signature
             return len(heard[state]) >= record.confirmations_needed
 

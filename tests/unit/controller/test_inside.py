@@ -1,5 +1,6 @@
 """The agents inside guests as the controller sees them: each may be the guest's intruder, and says what it likes."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from cloudfit_orchestrator.controller import agents as agents_module
 from cloudfit_orchestrator.controller import inside
 from cloudfit_orchestrator.controller.agents import Dialer, GuestRef, NotAdmittedError
 from cloudfit_orchestrator.controller.inside import InsideAgents
@@ -130,6 +132,22 @@ def test_no_line_of_a_guest_ends_in_an_error_that_nobody_expects(agents, raw):
     for call in (found.prepare, found.freeze, found.close_epoch):
         with pytest.raises((BadError, UnknownError)):
             call(R1, 1)
+
+
+def test_an_answer_that_drips_is_as_late_as_none(agents, monkeypatch):
+    monkeypatch.setattr(agents_module, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(agents_module.AgentClient._call, "__defaults__", (0.3,))
+
+    class Dripping(Guest):
+        def _serve(self, stream):
+            with stream, contextlib.suppress(OSError):
+                while True:
+                    stream.sendall(b" ")
+                    time.sleep(0.05)
+
+    began = time.monotonic()
+    assert agents({"r1#2": Dripping()}).status()["silent"] == ["ledger/r1#2"]
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("keys", [{}, {"usig_key": "AA==", "kss_key": "AA=="}, {"usig_key": 7, "kss_key": []}])
