@@ -9,7 +9,10 @@ import pytest
 
 from cloudfit_orchestrator.controller.apply import apply
 from cloudfit_orchestrator.controller.recover import recover
+from cloudfit_orchestrator.controller.secrets import GuestSecrets
+from cloudfit_orchestrator.model.drive import Drive
 from cloudfit_orchestrator.model.errors import BadError, RefusedError
+from cloudfit_orchestrator.testing.cloud import FakeCloud
 from tests.unit.controller.worlds import SPEC, Bench, spec
 
 NONE = SPEC.replace("f: 1", "f: 1\ntrust: none\nalgorithm: pbft") + "  - {name: graz, process: {}}\n"
@@ -55,14 +58,19 @@ class FakeSecrets:
 
 
 @pytest.fixture
-def liars():
+def short():
     root = Path(tempfile.mkdtemp(prefix="cf", dir="/tmp"))  # short: homes hold unix sockets
-    made = Liars(root)
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def liars(short):
+    made = Liars(short)
     for agent in made.bench.world.agents.values():
         agent.inside = True
     yield made
     made.bench.close()
-    shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("prepare", [other_keys, nonsense])
@@ -94,3 +102,29 @@ def test_the_old_guest_need_not_obey(liars, order):
     setattr(liars.bench.world.agents["passau"], order, disobey)
     done = recover(liars.context, "ledger", "r1")
     assert (done.outcome, done.c) == ("done", 2)
+
+
+def test_a_controller_that_dies_makes_the_same_drives_again(short, monkeypatch):
+    """At any call: whoever goes on finds its machines, and would give each the drive that it has."""
+    bench, drives = Bench(short), {}
+    create = FakeCloud.create
+
+    def noting(cloud, wanted):
+        drives.setdefault(wanted.owner.identity, set()).add(wanted.drive)
+        return create(cloud, wanted)
+
+    monkeypatch.setattr(FakeCloud, "create", noting)
+
+    def run(context):
+        context.secrets = GuestSecrets(bench.home.guest_secret(), context.journal.deployment)
+        apply(context, spec(NONE))
+
+    call = 1
+    while bench.die_at(call, run):
+        call += 1
+    bench.check_serving()
+    bench.close()
+    assert call > 50
+    assert {len(made) for made in drives.values()} == {1}
+    decoded = [Drive.decode(*made) for made in drives.values()]
+    assert len({d.seed for d in decoded}) == len(decoded) == 4
