@@ -44,7 +44,19 @@ def test_a_malicious_cloud_counts_within_f_only_where_nobody_at_it_is_trusted():
     untrusted = spec(pbft.replace("f: 1\n", "f: 1\ntrust: none\n") + clouds)
     assert malicious_cloud(untrusted).endswith("each holds at most 1, so it counts within f=1")
     crowded = replace(untrusted, placement=(*untrusted.placement[:3], ("r3", "a")))
-    assert malicious_cloud(crowded).endswith("one holds 2, more than f=1: NOT survived")
+    assert malicious_cloud(crowded).endswith("a holds 2, more than f=1: NOT survived")
+
+
+def test_several_entries_of_one_cloud_are_one_malicious_cloud():
+    head = HEAD.replace("f: 1\n", "f: 1\ntrust: none\nalgorithm: pbft\n") + "  - {name: c, process: {}}\n"
+    regions = "".join(
+        f"  - {{name: r{n}, openstack: {{cloud: lisbon, region: {n}, flavor: m, network: n}}}}\n" for n in "ab"
+    )
+    ulm = "  - {name: %s, libvirt: {uri: 'qemu+ssh://root@ulm/system', network: %s}}\n"
+    hosts = ulm % ("ha", "10.8.1.0/24") + ulm % ("hb", "10.8.2.0/24")
+    rest = "".join(f"  - {{name: p{n}, process: {{}}}}\n" for n in "abc")
+    assert malicious_cloud(spec(head + regions + rest)).endswith("lisbon holds 2, more than f=1: NOT survived")
+    assert malicious_cloud(spec(head + hosts + rest)).endswith("ulm holds 2, more than f=1: NOT survived")
 
 
 def test_nobody_knows_on_which_hosts_a_cloud_without_agents_puts_its_machines():
