@@ -55,8 +55,8 @@ class _Replicas(ProcessCloud):
 class _Sites(LocalSites):
     """One cloud, ours."""
 
-    def __init__(self, home: Home, replicas: Cloud) -> None:
-        super().__init__(home)
+    def __init__(self, home: Home, context: Context, replicas: Cloud) -> None:
+        super().__init__(home, context.journal, context.store, context.secrets)
         self._replicas = replicas
 
     def cloud(self, spec: CloudSpec) -> Cloud:
@@ -135,7 +135,7 @@ class Group:
             arguments = ["--routes", str(routes)]
         self._context = open_context(self.home, self._report)
         self._cloud = _Replicas(home=self.home.root, arguments=arguments, launching=self._launch)
-        self._context.sites = _Sites(self.home, self._cloud)
+        self._context.sites = _Sites(self.home, self._context, self._cloud)
         self._context.images = StoreImages(self.home)
         self._context.clients = tuple(self.home.client(f"load{i}").public for i in range(self._options.clients))
         apply(self._context, self.spec)

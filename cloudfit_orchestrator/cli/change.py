@@ -19,7 +19,7 @@ from cloudfit_orchestrator.controller.apply import Applied
 from cloudfit_orchestrator.controller.change import ensure, plan
 from cloudfit_orchestrator.controller.difference import Difference, evacuated, scaled
 from cloudfit_orchestrator.controller.ports import Context, Progress
-from cloudfit_orchestrator.controller.proof import proof
+from cloudfit_orchestrator.controller.proof import malicious_cloud, proof
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.spec import GroupSpec
 
@@ -58,7 +58,8 @@ def group_plan(session: Session, spec: Path, form: str) -> None:
     if form == "json":
         changes = [asdict(d) for d in found.differences]
         facts = {"group": found.group, "exists": found.exists, "pending": found.pending, "changes": changes}
-        print_json({**facts, "proof": [asdict(d) for d in domains]})
+        trust = {"trust": found.spec.trust.value, "malicious_cloud": malicious_cloud(found.spec)}
+        print_json({**facts, "proof": [asdict(d) for d in domains], **trust})
     elif not found.exists:
         click.echo(f"group {found.group} would be made: {wanted.n} replicas on {len(wanted.clouds)} clouds")
     elif found.pending:
@@ -69,6 +70,7 @@ def group_plan(session: Session, spec: Path, form: str) -> None:
     if form != "json":
         rows = [[d.kind, d.name, ", ".join(d.replicas), "survived" if d.survived else "NOT survived"] for d in domains]
         print_table(["lost or taken over", "which", "replicas", f"with f={wanted.f}"], rows)
+        click.echo(malicious_cloud(found.spec))
     if found.pending:
         sys.exit(EXIT_CHANGES_PENDING)
 

@@ -133,6 +133,7 @@ class MachineSpec:
     network: NetworkSpec | None  # None: no network card
     state_disk: StateDisk | None = None
     attach: DiskSnapshot | None = None  # through a throw-away overlay: the guest may write, the snapshot never changes
+    drive: bytes | None = field(default=None, repr=False)  # user data of a config drive; with it no wormhole outside
 
     def __post_init__(self) -> None:
         if self.state_disk is not None and self.attach is not None:
@@ -149,6 +150,8 @@ class MachineSpec:
         """SHA-256 in hex over all but owner.operation: a machine that exists with another one is not this machine."""
         doc = asdict(self)
         doc["owner"].pop("operation")
+        if doc.pop("drive") is not None:  # not its content, which is secret; who has another one cannot be reached
+            doc["drive"] = True
         if self.attach is not None:
             doc["attach"] = self.attach.id
         return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()
@@ -273,12 +276,15 @@ class Cloud(ABC):
         del deployment, group, replica, role, operation
         return None
 
-    def admit(self, deployment: str, group: str, addresses: Collection[str], port: int) -> None:
-        """Let these hosts reach the group's machines by TCP on `port`, and clients, and nobody else.
+    def admit(
+        self, deployment: str, group: str, addresses: Collection[str], port: int, control: int | None = None
+    ) -> None:
+        """Let these hosts reach the group's machines by TCP on `port`, and clients, and nobody else; on the port
+        `control` only this host.
 
         Nothing is done where the network does not filter.
         """
-        del deployment, group, addresses, port
+        del deployment, group, addresses, port, control
 
     @abstractmethod
     def create(self, spec: MachineSpec) -> Machine:

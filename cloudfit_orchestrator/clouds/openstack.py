@@ -125,10 +125,12 @@ class OpenStackCloud(Cloud):
     def reserve_address(self, deployment: str, group: str, replica: str, role: Role, operation: str) -> str | None:
         return self.network.reserve(Reservation(deployment, group, replica, role, operation))
 
-    def admit(self, deployment: str, group: str, addresses: Collection[str], port: int) -> None:
-        gateway = str(self.network.subnet()["gateway_ip"])
-        networks = {f"{a}/32" for a in addresses} | set(self.place.clients) | {f"{own_address(gateway)}/32"}
-        self.network.admit(deployment, group, networks, port)
+    def admit(
+        self, deployment: str, group: str, addresses: Collection[str], port: int, control: int | None = None
+    ) -> None:
+        own = f"{own_address(str(self.network.subnet()['gateway_ip']))}/32"
+        doors = {(n, port) for n in [*(f"{a}/32" for a in addresses), *self.place.clients, own]}
+        self.network.admit(deployment, group, doors | ({(own, control)} if control else set()))
 
     def delete_network(self, deployment: str, name: str) -> None:
         if self.servers.of_deployment(deployment):
@@ -188,6 +190,7 @@ class OpenStackCloud(Cloud):
             zone=self.place.availability_zone,
             group=group,
             state=VOLUME if cinder else INSTANCE,
+            drive=spec.drive,
         )
 
     def _volume(self, spec: MachineSpec) -> str | None:

@@ -43,7 +43,9 @@ HARDWARE = {
     "os_shutdown_timeout": "0",
 }
 # OVMF comes with Nova's q35; its variables and the boot order are Nova's own.
-UEFI_HARDWARE = {**HARDWARE, "hw_firmware_type": "uefi", "hw_machine_type": "q35"}
+UEFI_HARDWARE = {"hw_firmware_type": "uefi", "hw_machine_type": "q35"}
+# For a config drive, which Nova makes a CD-ROM: on a bus that the image's kernel has a driver for.
+DRIVE_HARDWARE = {"hw_cdrom_bus": "scsi", "hw_scsi_model": "virtio-scsi"}
 _FORMATS = {
     "kernel": "aki", "initramfs": "ari", "root": "raw", "disk": "raw", STATE: "qcow2", SINGLE: "qcow2", CARRIER: "ari",
 }  # fmt: skip
@@ -116,7 +118,7 @@ class Images:
         return (
             spec.owner.deployment,
             manifest.name,
-            repr((sorted(p.sha256 for p in manifest.parts), manifest.command_line)),
+            repr((sorted(p.sha256 for p in manifest.parts), manifest.command_line, spec.drive is not None)),
         )
 
     def _look(self, spec: MachineSpec) -> str:
@@ -125,7 +127,7 @@ class Images:
         if self._place.boot == "uefi":
             parts = [(spec.image_dir / p.file, p.offset, p.size) for p in manifest.disk]
             with _joined(parts) as path:
-                return self._ensure(deployment, self._wanted(spec, "disk", UEFI_HARDWARE, path))
+                return self._ensure(deployment, self._wanted(spec, "disk", _hardware(spec) | UEFI_HARDWARE, path))
         return self._ensure(deployment, self._root(spec))
 
     def _root(self, spec: MachineSpec) -> _Wanted:
@@ -133,7 +135,7 @@ class Images:
         deployment = spec.owner.deployment
         ids = {kind: self._ensure(deployment, self._wanted(spec, kind)) for kind in ("kernel", "initramfs")}
         boot = boot_properties(spec.manifest, ids["kernel"], ids["initramfs"])
-        return self._wanted(spec, "root", {**boot, **HARDWARE})
+        return self._wanted(spec, "root", boot | _hardware(spec))
 
     def _wanted(
         self, spec: MachineSpec, kind: str, properties: Mapping[str, str] | None = None, path: Path | None = None
@@ -426,6 +428,10 @@ class Images:
 def boot_properties(manifest: Manifest, kernel: str, initramfs: str) -> dict[str, str]:
     """What an image says of how Nova boots it."""
     return {"kernel_id": kernel, "ramdisk_id": initramfs, "os_command_line": manifest.command_line}
+
+
+def _hardware(spec: MachineSpec) -> dict[str, str]:
+    return HARDWARE if spec.drive is None else HARDWARE | DRIVE_HARDWARE
 
 
 @contextlib.contextmanager

@@ -200,10 +200,10 @@ class Network:
 
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
-    def admit(self, deployment: str, group: str, networks: Collection[str], port: int) -> None:
-        """Let exactly these (CIDRs) in, by TCP on `port`."""
-        tried = f"let {len(networks)} addresses into the group {group}"
-        wanted = {str(ipaddress.IPv4Network(n)) for n in networks}
+    def admit(self, deployment: str, group: str, doors: Collection[tuple[str, int]]) -> None:
+        """Let exactly these (CIDR, TCP port) in."""
+        tried = f"open {len(doors)} doors of the group {group}"
+        wanted = {(str(ipaddress.IPv4Network(n)), port) for n, port in doors}
 
         def step() -> bool | None:
             identity = self.ensure_group(deployment, group)
@@ -211,20 +211,21 @@ class Network:
                 "network", "/security-group-rules", "security_group_rules", tried,
                 security_group_id=identity, direction="ingress", limit=_PAGE,
             )  # fmt: skip
-            here: dict[str, str] = {}
+            here: dict[tuple[str, int], str] = {}
             for rule in rules:
-                fits = (rule.get("protocol"), rule.get("port_range_min"), rule.get("port_range_max"))
-                source = str(rule.get("remote_ip_prefix"))
-                if fits == ("tcp", port, port) and source in wanted and source not in here:
-                    here[source] = str(rule["id"])
+                port = rule.get("port_range_min")
+                door = (str(rule.get("remote_ip_prefix")), port if isinstance(port, int) else 0)
+                fits = (rule.get("protocol"), rule.get("port_range_max")) == ("tcp", port)
+                if fits and door in wanted and door not in here:
+                    here[door] = str(rule["id"])
                 else:
                     self._api.delete("network", f"/security-group-rules/{rule['id']}", tried)
             missing = sorted(wanted - here.keys())
-            return True if not missing or self._allow(identity, missing, port, tried) else None
+            return True if not missing or self._allow(identity, missing, tried) else None
 
         self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
-    def _allow(self, group: str, sources: Collection[str], port: int, tried: str) -> bool:
+    def _allow(self, group: str, doors: Collection[tuple[str, int]], tried: str) -> bool:
         """Ask for all these rules in one call; True if the answer shows them."""
         rules = [
             {
@@ -236,14 +237,14 @@ class Network:
                 "port_range_max": port,
                 "remote_ip_prefix": source,
             }
-            for source in sources
+            for source, port in doors
         ]
         try:
             answer = self._api.make("network", "/security-group-rules", {"security_group_rules": rules}, tried)
         except (BusyError, UnclearError):
             return False  # they exist, or nobody knows: the next look tells
         made = [r for r in answer.get("security_group_rules") or () if isinstance(r, dict)]
-        return {r.get("remote_ip_prefix") for r in made} == set(sources)
+        return {(r.get("remote_ip_prefix"), r.get("port_range_min")) for r in made} == set(doors)
 
     def remove_group(self, group: Mapping[str, Any]) -> None:
         """Delete a security group of ours."""

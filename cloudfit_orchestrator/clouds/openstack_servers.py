@@ -1,7 +1,8 @@
 """Our servers in Nova: looked up by tags, created once, brought into a state by looking, acting and looking again."""
 
+import base64
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cloudfit_orchestrator.clouds.base import MachineState, Ownership
@@ -43,6 +44,7 @@ class Boot:
     zone: str
     group: str
     state: str  # volume | instance: where the machine has its state; kept in the server's metadata
+    drive: bytes | None = field(default=None, repr=False)  # user data for a config drive
 
 
 def state_of(server: Mapping[str, Any]) -> MachineState:
@@ -176,8 +178,10 @@ class Servers:
             "block_device_mapping_v2": disks,
             "metadata": metadata(owner, fingerprint=fingerprint, state=boot.state),
             "tags": [deployment_tag(owner.deployment)],
-            "config_drive": False,
+            "config_drive": boot.drive is not None,
         }
+        if boot.drive is not None:
+            server["user_data"] = base64.b64encode(boot.drive).decode()
         if boot.zone:
             server["availability_zone"] = boot.zone
         return {"server": server, "os:scheduler_hints": {"group": boot.group}}

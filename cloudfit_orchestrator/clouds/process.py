@@ -4,6 +4,7 @@ It needs no root and isolates nothing: a process shares kernel, user and files w
 machine with key K in `machines/DEPLOYMENT/`:
     K/owner.json     tags, fingerprint, and pid with start time once it runs; written before the process is started
     K/state/         what would be the state disk
+    K/drive/         what would be on the config drive, if there is one
     K/console.log    its output
     K.sock           its channel, bound by the process itself, as QEMU would
     K.O.snapshot/    a snapshot: record.json and a copy of state/
@@ -39,6 +40,7 @@ from cloudfit_orchestrator.clouds.base import (
     Ownership,
     check_name,
 )
+from cloudfit_orchestrator.model.drive import USER_DATA
 from cloudfit_orchestrator.model.errors import BadInputError, PermanentError, RefusedError, TemporaryError
 from cloudfit_orchestrator.model.image import Role
 
@@ -48,6 +50,7 @@ ISOLATES_NOTHING = (
 )
 UNFINISHED = f".{'[0-9a-f]' * 32}.new"  # a file of ours; who wrote it died before it was in its place
 MARK = "CLOUDFIT_MACHINE"  # environment variable of every process of ours: its machine's directory
+PAIR = "cloudfit_orchestrator.guest.pair"  # replica and agent side by side, where there is a config drive
 SIGNAL_TIMEOUT_S = 10.0  # a signal takes effect in milliseconds, unless the process waits for a broken disk
 COPY_TIMEOUT_S = 300.0
 MAX_SOCKET_PATH = 107
@@ -222,6 +225,9 @@ class ProcessCloud(Cloud):
                 for cut_off in directory.glob(UNFINISHED):
                     cut_off.unlink()
                 module = [sys.executable, "-m", entry_module(spec)]
+                if spec.drive is not None:
+                    file = self._write_drive(directory, spec.drive)
+                    module = [sys.executable, "-m", PAIR, entry_module(spec), "--drive", str(file)]
                 record = {
                     "tags": owner.tags(),
                     "fingerprint": spec.fingerprint,
@@ -238,6 +244,13 @@ class ProcessCloud(Cloud):
             if not (directory / "state").exists():
                 self._copy(spec.attach.path if spec.attach is not None else None, directory / "state")
             return self._start(owner)
+
+    def _write_drive(self, directory: Path, data: bytes) -> Path:
+        path = directory / "drive" / USER_DATA
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        path.write_bytes(data)
+        return path
 
     def _start(self, owner: Ownership) -> Machine:
         record, process = self._require(owner)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,9 @@ class Stream(Protocol):
 
 
 class Dialer(ABC):
-    """Opens connections to one agent's socket."""
+    """Opens connections to one agent's socket. `help`: the command to run when nobody answers."""
+
+    help = "cloudfit agent run"
 
     @abstractmethod
     def dial(self) -> Stream:
@@ -204,17 +207,22 @@ class _Connection:
         line = json.dumps({"id": self._number} | request).encode() + b"\n"
         if len(line) > MAX_LINE_BYTES:
             raise BadInputError(f"a request of {len(line)} bytes, the limit is {MAX_LINE_BYTES}")
+        deadline = time.monotonic() + timeout_s
         self._stream.settimeout(timeout_s)
         self._stream.sendall(line)
-        answer = json.loads(self._line())
+        answer = json.loads(self._line(deadline))
         if not isinstance(answer, dict) or answer.get("id") != self._number:
             raise EOFError("the answer is not to the request")
         return answer
 
-    def _line(self) -> bytes:
+    def _line(self, deadline: float) -> bytes:
         parts = [self._rest]
         size = len(self._rest)
         while b"\n" not in parts[-1]:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:  # one that sends a byte now and then is as late as one that sends none
+                raise TimeoutError("the answer did not come in time")
+            self._stream.settimeout(left_s)
             part = self._stream.recv(READ_BYTES)
             size += len(part)
             if not part:
@@ -231,6 +239,8 @@ class _Connection:
 
 class AgentClient:
     """One agent. Every method raises the error that the agent named, or TemporaryError when it cannot be reached."""
+
+    inside = False
 
     def __init__(self, dialer: Dialer) -> None:
         """Dials at the first call."""
@@ -264,6 +274,11 @@ class AgentClient:
     def status(self) -> dict[str, Any]:
         """`agent`, `key`, `guests`, `groups`, `counters`."""
         return self._call({"op": "status"})
+
+    def key_of(self, guest: GuestRef) -> bytes:
+        """The key that launch certificates of its guests are signed with."""
+        del guest
+        return _raw(self.status()["key"])
 
     def admit(
         self,
@@ -361,7 +376,7 @@ class AgentClient:
             return _Connection(self._dialer.dial())
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise TemporaryError(
-                f"agent at {self._dialer} cannot be reached: {error}", next_command="cloudfit agent run"
+                f"agent at {self._dialer} cannot be reached: {error}", next_command=self._dialer.help
             ) from error
 
     def _exchange(self, connection: _Connection, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

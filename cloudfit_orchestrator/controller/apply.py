@@ -106,6 +106,7 @@ def apply(context: Context, spec: GroupSpec) -> Applied:
         operation,
         seats,
         lambda c, members, previous: draft_record(context, spec, None, c=c, members=members, previous=previous),
+        f=spec.f,
     )
     record = configurer.run()
     context.journal.put_group(spec.group, GroupState.ACTIVE)

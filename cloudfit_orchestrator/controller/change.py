@@ -234,7 +234,7 @@ class _Change:
             lambda c, members, previous: draft_record(
                 self._x, self._wanted, self._base, c=c, members=members, previous=previous, clients=self._x.clients
             ),
-            leaving=leaving,
+            f=self._wanted.f, leaving=leaving,
         )  # fmt: skip
         configurer.run(lambda: self._standing.close(self._base.members, self._base.c))
 

@@ -20,7 +20,7 @@ from cloudfit_orchestrator.controller.journal import Operation
 from cloudfit_orchestrator.controller.parallel import each, watch
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.survey import known_to
-from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, UnknownError
+from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, RefusedError, UnknownError
 from cloudfit_orchestrator.model.record import (
     ConfigRecord,
     Confirmation,
@@ -36,6 +36,7 @@ from cloudfit_orchestrator.model.statement import Kind, statement_bytes
 MAX_ATTEMPTS = 8  # each lost one needs a crash of a wormhole or a rival controller
 CONFIRM_TIMEOUT_S = 300.0  # software emulation replays slowly; running again goes on waiting
 READY_TIMEOUT_S = 300.0
+MAX_STATES = 8  # that one member confirms of one configuration: a correct one comes to another S a few times at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Configurer:
         seats: list[Seat],
         draft: Draft,
         *,
+        f: int,
         leaving: Mapping[str, Agent] | None = None,
     ) -> None:
         """`draft` makes the record from number, members and previous hash. `leaving`: agents, by cloud, of members of
@@ -74,6 +76,7 @@ class Configurer:
         self._op = operation
         self._seats = seats
         self._draft = draft
+        self._f = f
         self._agents = {**(leaving or {}), **{s.cloud: s.agent for s in seats if s.agent is not None}}
         self._verifier = Ed25519Verifier()
 
@@ -113,6 +116,8 @@ class Configurer:
             if found is None:
                 return False
             replica, state, signature = found
+            if sum(replica in votes for votes in heard.values()) >= MAX_STATES:
+                return False
             heard.setdefault(state, {})[replica] = signature
             return len(heard[state]) >= record.confirmations_needed
 
@@ -226,7 +231,10 @@ class Configurer:
             assert step is not None
             now = self._keys(step.intent["c"])
             reachable = {s.replica for s in self._seats if s.agent is not None}
-            if any(now.get(r) != result["members"].get(r) for r in reachable):
+            lost = [r for r in reachable if now.get(r) != result["members"].get(r)]
+            # A guest's own agent may say what it likes: up to f of them must not keep the group from going on.
+            inside = any(s.agent is not None and s.agent.inside for s in self._seats)
+            if len(lost) > (self._f if inside else 0):
                 return None
         return tuple(
             Member(
@@ -238,14 +246,26 @@ class Configurer:
 
     def _keys(self, c: int) -> dict[str, object]:
         def ask(seat: Seat) -> dict[str, str]:
-            if seat.agent is None:  # a crashed member: nobody holds the private halves
-                usig, kss = (_text(public_bytes(Ed25519PrivateKey.generate())) for _ in range(2))
-            else:
-                guest = GuestRef(self._op.group, seat.replica, seat.incarnation)
-                usig, kss = (_text(key) for key in seat.agent.prepare(guest, c))
+            keys = self._own_keys(seat, c)
+            if keys is None:  # a crashed member: nobody holds the private halves
+                keys = (public_bytes(Ed25519PrivateKey.generate()), public_bytes(Ed25519PrivateKey.generate()))
+            usig, kss = (_text(key) for key in keys)
             return {"usig_key": usig, "kss_key": kss, "channel_ca": _text(seat.channel_ca)}
 
         return {s.replica: k for s, k in each(self._x, self._seats, ask).items()}
+
+    def _own_keys(self, seat: Seat, c: int) -> tuple[bytes, bytes] | None:
+        """What its agent makes; None if there is none, or one inside a guest that will not."""
+        if seat.agent is None:
+            return None
+        try:
+            return seat.agent.prepare(GuestRef(self._op.group, seat.replica, seat.incarnation), c)
+        except CloudfitError as error:
+            self._x.check_cancelled()
+            if not seat.agent.inside:
+                raise
+            self._say("keys", f"{seat.replica}#{seat.incarnation} is out of c={c}: {error.fact}")
+            return None
 
     def _store_prepared(self, attempt: int, members: tuple[Member, ...]) -> None:
         keys = self._op.find(f"keys/{attempt}")

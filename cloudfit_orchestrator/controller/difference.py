@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
-from cloudfit_orchestrator.controller.spec import losses, members_needed
+from cloudfit_orchestrator.controller.placement import losses, members_needed
 from cloudfit_orchestrator.model.errors import BadInputError, RefusedError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Client, ConfigRecord, Parameters
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Trust
 
 NOWHERE = "-"
 
@@ -52,6 +52,11 @@ def _refuse(now: GroupSpec, wanted: GroupSpec, base: ConfigRecord) -> None:
         raise RefusedError(
             f"group {now.group} runs service {base.service}; its state means nothing to service {wanted.service}",
             next_command=f"name another group for {wanted.service}, or cloudfit group destroy {now.group} first",
+        )
+    if wanted.trust is not now.trust:
+        raise RefusedError(
+            f"group {now.group} has trust: {now.trust}, and keys do not move to where trust: {wanted.trust} has them",
+            next_command=f"name another group, or cloudfit group destroy {now.group} first",
         )
     used = {m.cloud for m in base.members}
     for cloud in wanted.clouds:
@@ -150,6 +155,11 @@ def scaled(spec: GroupSpec, f: int, k: int) -> GroupSpec:
         raise BadInputError(f"f={f}, k={k} needs {n} replicas, the limit is {MAX_MEMBERS}")
     names = spec.serving
     each = -(-n // len(names))
+    if spec.trust is Trust.NONE and not 0 < f >= each:
+        raise BadInputError(
+            f"with trust: none each of the {len(names)} clouds holds at most f={f} of {n} replicas, and f is not 0",
+            next_command="name more clouds in the spec, then cloudfit group apply",
+        )
     if each > f > 0 and not spec.not_tolerated:  # else the owner has given up the loss of a whole cloud before
         raise BadInputError(
             f"{n} replicas do not fit on {len(names)} clouds with at most f={f} on each",

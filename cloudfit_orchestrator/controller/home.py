@@ -107,6 +107,10 @@ class Home:
         """Signs images built here."""
         return self._key("image")
 
+    def guest_secret(self) -> bytes:
+        """What everything on config drives is derived from (model/drive.py): as good as all guests of `trust: none`."""
+        return private_bytes(self._key("guests"))
+
     def public_file(self, name: str) -> Path:
         """The file with the public key `controller` or `image`, base64; made if need be."""
         self._key(name)

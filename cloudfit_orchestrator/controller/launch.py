@@ -5,10 +5,10 @@ what the journal holds. So a machine or an agent that died in between is simply 
 """
 
 import base64
-import errno
 import ipaddress
 import socket
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cloudfit_orchestrator.clouds.base import DiskSnapshot, Machine, MachineSpec, NetworkSpec, Ownership, StateDisk
 from cloudfit_orchestrator.controller.agents import GuestRef
@@ -22,11 +22,13 @@ from cloudfit_orchestrator.controller.ports import (
     Image,
     Progress,
 )
+from cloudfit_orchestrator.controller.secrets import CONTROL_OFFSET
+from cloudfit_orchestrator.model.drive import Drive
 from cloudfit_orchestrator.model.envelope import key_id
 from cloudfit_orchestrator.model.errors import BadError, LockedOutError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.image import LaunchCertificate, Role, open_launch
 from cloudfit_orchestrator.model.signing import sha256
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Trust
 
 LOOPBACK = "127.0.0.1"
 
@@ -104,11 +106,16 @@ def launch(
     """Bring one machine up to admitted. Raises CloudfitError; running it again goes on."""
     cloud, role = spec.cloud_of(replica), image.manifest.role
     row = _plan(context, operation, cloud, replica, role)
-    machine = _create(context, operation, spec, row=row, image=image, attach=attach)
-    context.check_cancelled()
     network = network_spec(context, cloud, row.host)
     where = {"address": row.host, "prefix": network.prefix, "gateway": network.gateway}
     keys = [base64.b64encode(key).decode() for key in context.trusted]
+    options = {"service": spec.service, "controller_keys": keys}
+    welcome = {"network": where, "port": row.port, "options": options}
+    drive = _drive(context, spec, row, image, welcome) if spec.trust is Trust.NONE else None
+    machine = _create(context, operation, spec, row=row, image=image, attach=attach, drive=drive)
+    if drive is not None:  # its agent is behind the cloud's doors
+        _open_doors(context, spec, cloud)
+    context.check_cancelled()
     launch_envelope = agent.admit(
         GuestRef(spec.group, replica, row.incarnation),
         role=role,
@@ -117,11 +124,12 @@ def launch(
         image_dir=image.directory,
         allow_adversary=spec.allow_adversary,
         lease_s=spec.recovery.lease_s,
-        welcome={"network": where, "port": row.port, "options": {"service": spec.service, "controller_keys": keys}},
+        welcome=welcome,
     )
     certificate = _check_launch(agent, row, image, launch_envelope)
     context.journal.machine_admitted(row, base64.b64encode(launch_envelope).decode())
-    say = f"{row.peer_id} is measured and admitted on {cloud.name}"
+    seen = "is measured and admitted" if certificate.measured else "has its drive, nobody measured it,"
+    say = f"{row.peer_id} {seen} on {cloud.name}"
     context.report(Progress(operation.kind, "admit", f"{spec.group}/{row.peer_id}", say))
     return Launched(
         replace(row, machine_id=machine.id, stage=MachineStage.CREATED), machine, certificate, launch_envelope
@@ -151,16 +159,39 @@ def let_in(context: Context, spec: GroupSpec) -> None:
     Called when machines have come or gone. A cloud that cannot be told now has the doors that it had.
     """
     rows = context.journal.machines(spec.group)
-    hosts = sorted({m.host for m in rows})
     used = [c for c in spec.clouds if any(m.cloud == c.name for m in rows)]
 
     def tell(cloud: CloudSpec) -> None:
         try:
-            context.sites.cloud(cloud).admit(context.journal.deployment, spec.group, hosts, REPLICA_PORT)
+            _open_doors(context, spec, cloud)
         except (UnknownError, LockedOutError) as error:
             context.report(Progress("network", "admit", f"{spec.group}/{cloud.name}", error.fact))
 
     each(context, used, tell)
+
+
+def _open_doors(context: Context, spec: GroupSpec, cloud: CloudSpec) -> None:
+    hosts = sorted({m.host for m in context.journal.machines(spec.group)})
+    control = REPLICA_PORT + CONTROL_OFFSET if spec.trust is Trust.NONE else None
+    context.sites.cloud(cloud).admit(context.journal.deployment, spec.group, hosts, REPLICA_PORT, control)
+
+
+def _drive(context: Context, spec: GroupSpec, row: MachineRow, image: Image, welcome: dict[str, Any]) -> bytes:
+    """The content of the machine's config drive, the same in every run."""
+    assert context.secrets is not None
+    return Drive(
+        group=row.group,
+        replica=row.replica,
+        incarnation=row.incarnation,
+        role=Role(row.role),
+        image=image.digest,
+        seed=context.secrets.seed(row),
+        controller=context.secrets.certificate,
+        controller_keys=tuple(context.trusted),
+        control_port=row.port + CONTROL_OFFSET,
+        lease_s=spec.recovery.lease_s,
+        welcome=welcome,
+    ).encode()
 
 
 def _create(
@@ -171,6 +202,7 @@ def _create(
     row: MachineRow,
     image: Image,
     attach: DiskSnapshot | None,
+    drive: bytes | None,
 ) -> Machine:
     context.check_cancelled()
     cloud = spec.cloud_of(row.replica)
@@ -186,6 +218,7 @@ def _create(
             network=network_spec(context, cloud, row.host),
             state_disk=None if attach else StateDisk(spec.sizes.state_mib),
             attach=attach,
+            drive=drive,
         )
     )
     context.journal.machine_created(row, machine.id)
@@ -205,7 +238,7 @@ def unmake(context: Context, cloud: CloudSpec, row: MachineRow) -> None:
 
 def _check_launch(agent: Agent, row: MachineRow, image: Image, envelope: bytes) -> LaunchCertificate:
     """The certificate must be this agent's, of this incarnation, over this image: else the record would lie."""
-    key = base64.b64decode(agent.status()["key"], validate=True)
+    key = agent.key_of(GuestRef(row.group, row.replica, row.incarnation))
     certificate = open_launch(envelope, [key])
     expected = (row.group, row.replica, row.incarnation, row.role, image.digest, key_id(key))
     got = (certificate.group, certificate.replica, certificate.incarnation, certificate.role.value)
@@ -235,13 +268,15 @@ class _placer:  # noqa: N801  a function with the cloud bound to it
 
 
 def _free_port(taken: set[str]) -> int:
+    """A port that is free, and with it the next one, where a guest's own agent would listen."""
     for _ in range(100):
-        with socket.socket() as probe:
+        with socket.socket() as probe, socket.socket() as following:
             try:
                 probe.bind((LOOPBACK, 0))
-            except OSError as error:
-                raise PermanentError(f"no free port on {LOOPBACK}: {errno.errorcode.get(error.errno or 0)}") from error
-            port: int = probe.getsockname()[1]
-        if f"{LOOPBACK}:{port}" not in taken:
+                port: int = probe.getsockname()[1]
+                following.bind((LOOPBACK, port + CONTROL_OFFSET))
+            except (OSError, OverflowError):
+                continue
+        if not any(f"{LOOPBACK}:{port + i}" in taken for i in (-CONTROL_OFFSET, 0, CONTROL_OFFSET)):
             return port
-    raise PermanentError(f"100 ports in a row on {LOOPBACK} were planned for other machines")
+    raise PermanentError(f"100 ports in a row on {LOOPBACK} were in use or planned for other machines")

@@ -18,17 +18,21 @@ import paramiko
 
 from cloudfit_orchestrator.clouds.base import Cloud
 from cloudfit_orchestrator.clouds.registry import driver
+from cloudfit_orchestrator.config_store.base import ConfigStore
 from cloudfit_orchestrator.config_store.sqlite import SqliteConfigStore
 from cloudfit_orchestrator.controller.agents import AgentClient, StreamlocalTransport
 from cloudfit_orchestrator.controller.home import Home
+from cloudfit_orchestrator.controller.inside import InsideAgents
 from cloudfit_orchestrator.controller.journal import Journal
 from cloudfit_orchestrator.controller.ports import Agent, Context, Image, Progress
+from cloudfit_orchestrator.controller.secrets import GuestSecrets
 from cloudfit_orchestrator.launcher.sil import find_image, verify_image
 from cloudfit_orchestrator.model.envelope import MAX_ENVELOPE_BYTES
 from cloudfit_orchestrator.model.errors import PermanentError, TemporaryError, UnknownError
 from cloudfit_orchestrator.model.image import Manifest, Role, manifest_digest
+from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
 from cloudfit_orchestrator.model.signing import public_bytes
-from cloudfit_orchestrator.model.spec import CloudSpec
+from cloudfit_orchestrator.model.spec import CloudSpec, Trust
 
 AGENT_START_S = 20.0  # Python with cryptography starts in under one second on an idle machine
 AGENT_STOP_S = 10.0
@@ -40,8 +44,12 @@ _ROUTES = Path("/proc/net/route")
 class LocalSites:
     """`ports.Sites` over the drivers' registry and real agents."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, journal: Journal, store: ConfigStore, secrets: GuestSecrets | None) -> None:
         self._home = home
+        self._journal = journal
+        self._store = store
+        self._secrets = secrets
+        self._inside: dict[str, InsideAgents] = {}
         self._lock = RLock()
         self._clouds: dict[tuple[object, ...], Cloud] = {}
         self._agents: dict[str, AgentClient] = {}
@@ -58,8 +66,15 @@ class LocalSites:
             return self._clouds[key]
 
     def agent(self, spec: CloudSpec, *, start: bool) -> Agent:
-        """See `Sites`."""
+        """See `Sites`. Agents inside guests are always there: whether one of them answers is another question."""
         with self._lock:
+            if spec.trust is Trust.NONE:
+                assert self._secrets is not None
+                if spec.name not in self._inside:
+                    self._inside[spec.name] = InsideAgents(
+                        spec.name, self._journal.machines, self._secrets, self._newest_records
+                    )
+                return self._inside[spec.name]
             client = self._agents.get(spec.name)
             if client is None:
                 client = self._dial(spec)
@@ -69,6 +84,14 @@ class LocalSites:
         else:
             client.status()  # one that does not answer is unknown here and now, not at some later call
         return client
+
+    def _newest_records(self, group: str) -> list[tuple[ConfigRecord, bytes]]:
+        trusted = [public_bytes(self._home.controller_key())]
+        found = [(open_record(e.envelope, trusted), e.envelope) for e in self._store.log(group)]
+        active = [pair for pair in found if pair[0].status is Status.ACTIVE][-1:]
+        c = active[0][0].c if active else 0
+        prepared = [pair for pair in found if pair[0].status is Status.PREPARED and pair[0].c > c][-1:]
+        return active + prepared
 
     def _dial(self, spec: CloudSpec) -> AgentClient:
         if spec.local:
@@ -89,6 +112,8 @@ class LocalSites:
 
     def stop_agent(self, spec: CloudSpec) -> None:
         """See `Sites`."""
+        if spec.trust is Trust.NONE:
+            return
         with self._lock:
             client = self._agents.pop(spec.name, None)
         if client is not None:
@@ -104,6 +129,8 @@ class LocalSites:
         """Let go of all connections; machines and agents go on."""
         for client in self._agents.values():
             client.close()
+        for inside in self._inside.values():
+            inside.close()
         for ssh in self._ssh:
             ssh.close()
         for cloud in self._clouds.values():
@@ -259,14 +286,17 @@ def _process_image(home: Home, reference: str) -> Image:
 def open_context(home: Home, report: Callable[[Progress], None]) -> Context:
     """A controller process on `home`."""
     key = home.controller_key()
+    journal, store = Journal(home.journal), SqliteConfigStore(home.config, [public_bytes(key)])
+    secrets = GuestSecrets(home.guest_secret(), journal.deployment)
     return Context(
-        journal=Journal(home.journal),
-        store=SqliteConfigStore(home.config, [public_bytes(key)]),
-        sites=LocalSites(home),
+        journal=journal,
+        store=store,
+        sites=LocalSites(home, journal, store, secrets),
         images=StoreImages(home),
         key=key,
         clients=(home.client().public,),
         report=report,
+        secrets=secrets,
     )
 
 

@@ -16,6 +16,7 @@ from cloudfit_orchestrator.clouds.base import Cloud
 from cloudfit_orchestrator.config_store.base import ConfigStore
 from cloudfit_orchestrator.controller.agents import GuestRef, Report
 from cloudfit_orchestrator.controller.journal import Journal
+from cloudfit_orchestrator.controller.secrets import GuestSecrets
 from cloudfit_orchestrator.model.errors import UnknownError
 from cloudfit_orchestrator.model.image import Manifest, Role
 from cloudfit_orchestrator.model.record import Client
@@ -31,8 +32,14 @@ RECOVERY_IMAGE = "recovery"  # its name in the image store
 class Agent(Protocol):
     """The agent of one cloud, as `agents.AgentClient` reaches it. Calls block; from any thread.
 
-    Each raises UnknownError if the agent does not answer.
+    Each raises UnknownError if the agent does not answer. `inside`: it is the agents inside the guests, whose words are
+    worth no more than theirs; then each call may also raise any other CloudfitError, for whatever a guest makes up.
     """
+
+    @property
+    def inside(self) -> bool: ...
+
+    def key_of(self, guest: GuestRef) -> bytes: ...
 
     def status(self) -> dict[str, Any]: ...
 
@@ -126,6 +133,7 @@ class Context:
     key: Ed25519PrivateKey
     clients: tuple[Client, ...]
     report: Callable[[Progress], None]
+    secrets: GuestSecrets | None = None  # for groups with trust: none
     cancelled: Event = field(default_factory=Event)
 
     @property

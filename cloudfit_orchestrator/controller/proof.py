@@ -4,10 +4,11 @@ A *domain* is something that fails, or is taken over, as a whole. The group surv
 replicas, each of which may then lie (Byzantine) or be gone.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,34 @@ def proof(spec: GroupSpec) -> tuple[Domain, ...]:
     )
 
 
+def malicious_cloud(spec: GroupSpec) -> str:
+    """What it means for this group that a cloud is itself malicious, in words."""
+    if spec.trust is Trust.HYPERVISOR:
+        return "trust: hypervisor: agents on the hosts are believed; a host whose root is malicious is NOT survived"
+    held = Counter(_provider(spec.cloud_of(replica)) for replica, _ in spec.placement)
+    ((worst, most),) = held.most_common(1)
+    within = f"each holds at most {most}, so it counts within f={spec.f}"
+    verdict = within if most <= spec.f else f"{worst} holds {most}, more than f={spec.f}: NOT survived"
+    return f"trust: none: a cloud that is itself malicious has the keys of the replicas on it; {verdict}"
+
+
+def _provider(cloud: CloudSpec) -> str:
+    """Who would be malicious: several entries may be of one OpenStack or one remote host. This host is believed anyway,
+    since the controller runs on it.
+    """
+    if cloud.openstack is not None:
+        return cloud.openstack.cloud
+    return cloud.name if cloud.local else str(urlsplit(cloud.uri).hostname)
+
+
 def _domain(kind: str, cloud: CloudSpec) -> str:
     """The domain of that kind that the cloud's machines are in; empty where it has nothing of the kind."""
     place = cloud.openstack
     if kind == "cloud":
         return cloud.name
-    if kind == "host":  # one agent serves all machines of a cloud, so they run on its host
+    if kind == "host":  # one agent serves all machines of a cloud, so they run on its host; without, nobody knows
+        if cloud.openstack and cloud.trust is Trust.NONE:
+            return ""
         return "this host" if cloud.local else str(urlsplit(cloud.uri).hostname)
     if place is None:
         return ""

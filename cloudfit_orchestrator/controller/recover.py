@@ -20,7 +20,13 @@ from cloudfit_orchestrator.controller.parallel import watch
 from cloudfit_orchestrator.controller.ports import RECOVERY_IMAGE, Agent, Context, Progress
 from cloudfit_orchestrator.controller.standing import Standing, record_of
 from cloudfit_orchestrator.controller.survey import survey
-from cloudfit_orchestrator.model.errors import LockedOutError, PermanentError, RefusedError, UnknownError
+from cloudfit_orchestrator.model.errors import (
+    CloudfitError,
+    LockedOutError,
+    PermanentError,
+    RefusedError,
+    UnknownError,
+)
 from cloudfit_orchestrator.model.orders import Retire, seal_retire
 from cloudfit_orchestrator.model.record import ConfigRecord, Member
 from cloudfit_orchestrator.model.spec import GroupSpec
@@ -159,7 +165,8 @@ class _Recovery:
 
     def _extract(self) -> dict[str, Any]:
         agent, new = self._own_agent(), self._new()
-        _, since = agent.reports(0, 0.0, self._op.group)
+        heard, _ = agent.reports(0, 0.0, self._op.group)
+        since = max((r.seq for r in heard if r.guest == self._ref(new)), default=0)
         before = self._op.find("source")
         if before is not None and before.intent["since"] <= since:
             since = before.intent["since"]
@@ -208,6 +215,8 @@ class _Recovery:
             self._own_agent().freeze(self._old_ref(), self._base.c)
         except (NotAdmittedError, NoEpochError):
             self._say("freeze", "its agent lost the keys: it cannot speak anyway")
+        except CloudfitError as error:
+            self._forgive(error)
         # One that is only due goes on answering questions until it is replaced: it and the faulty ones may be all who
         # hold a batch that S names. Of one that is suspected nothing is expected.
         if machine.state is MachineState.RUNNING and self._circumstances.suspected:
@@ -229,14 +238,27 @@ class _Recovery:
             return {"event": Event.LOST.value}
         if machine.state is MachineState.PAUSED:
             self._x.sites.cloud(self._cloud).resume(machine)
-        self._own_agent().thaw(self._old_ref(), self._base.c)
+        try:
+            self._own_agent().thaw(self._old_ref(), self._base.c)
+        except CloudfitError as error:
+            self._forgive(error)
         return {}
+
+    def _forgive(self, error: CloudfitError) -> None:
+        """What the old guest's own agent does is a courtesy: whoever has the guest has its keys in any case."""
+        self._x.check_cancelled()
+        if not self._own_agent().inside:
+            raise error
+        self._say("old", f"its own agent does not do as it is told: {error.fact}")
 
     def _close(self) -> dict[str, Any]:
         try:
             end = self._own_agent().close_epoch(self._old_ref(), self._base.c)
         except (NotAdmittedError, NoEpochError):
             return {"closed": False}  # the keys are gone with the agent's memory; only their EPOCH-END is missing
+        except CloudfitError as error:
+            self._forgive(error)
+            return {"closed": False}
         doc = {
             "replica": end.replica,
             "c": end.c,
@@ -379,6 +401,7 @@ class _Recovery:
             lambda c, members, previous: draft_record(
                 self._x, self._spec, self._base, c=c, members=members, previous=previous
             ),
+            f=self._base.f,
         )  # fmt: skip
 
     def _ref(self, launched: Launched) -> GuestRef:

@@ -7,8 +7,7 @@ import difflib
 import ipaddress
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from cloudfit_orchestrator.controller import yaml_nodes
 from cloudfit_orchestrator.controller.image_rules import ImageRules, Signature
+from cloudfit_orchestrator.controller.placement import Placed, members_needed, place
 from cloudfit_orchestrator.controller.yaml_nodes import Document, Problem
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import MAX_MEMBERS, Algorithm, Parameters
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, OpenStackPlace, Recovery, Sizes
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, OpenStackPlace, Recovery, Sizes, Trust
 
 API_VERSION = "cloudfit/v1"
 MIN_BATCH_BYTES = 4096  # room for one small request with its signature
@@ -160,6 +160,7 @@ class SpecFile(_Strict):
     f: Small
     k: Small = 0
     replicas: Annotated[int, Field(strict=True, ge=1, le=MAX_MEMBERS)] | None = None
+    trust: Literal["hypervisor", "none"] = "hypervisor"
     algorithm: Literal["ebawa", "minbft", "pbft"] = "ebawa"
     clouds: Annotated[list[_Cloud], Field(min_length=1, max_length=MAX_MEMBERS)]
     placement: _Placement = _Placement()
@@ -295,17 +296,14 @@ def _sound_fields(data: dict[str, Any], bad: set[str]) -> dict[str, Any]:
     return fields
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    placement: tuple[tuple[str, str], ...]
-    not_tolerated: tuple[str, ...]
-
-
-def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> tuple[_Placed] | None:
+def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> tuple[Placed] | None:
     def wrong(path: yaml_nodes.Path, message: str, hint: str = "") -> None:
         problems.append(Problem(*document.where(path), message, hint))
 
-    _check_clouds(v.get("clouds", []), wrong)
+    trust = v.get("trust")
+    _check_clouds(v.get("clouds", []), trust, wrong)
+    if trust == Trust.NONE:
+        _check_untrusted(v, wrong)
     p = v.get("parameters")
     if p is not None and p.window < p.checkpoint_period:
         hint = "4 * checkpoint_period leaves room"
@@ -335,7 +333,7 @@ def _meaning(document: Document, v: dict[str, Any], problems: list[Problem]) -> 
     return (place(n, v["f"], names, limit),)
 
 
-def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
+def _check_clouds(clouds: list[_Cloud], trust: str | None, wrong: Any) -> None:
     seen: set[str] = set()
     for i, cloud in enumerate(clouds):
         kinds = [k for k in ("libvirt", "process", "openstack") if getattr(cloud, k) is not None]
@@ -345,11 +343,12 @@ def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
         if cloud.name in seen:
             wrong(("clouds", i, "name"), f"cloud {cloud.name!r} is named twice", "each cloud needs its own name")
         seen.add(cloud.name)
-        if cloud.libvirt and "+ssh://" in cloud.libvirt.uri and cloud.agent is None:
-            hint = "add agent: {socket: /run/cloudfit/agent.sock}"
-            wrong(("clouds", i), f"cloud {cloud.name!r} is remote: the controller cannot start its agent", hint)
-        if cloud.openstack:
-            _check_trust(i, cloud, wrong)
+        if trust == Trust.HYPERVISOR:
+            _check_agent(i, cloud, wrong)
+        elif trust == Trust.NONE and (cloud.agent or (cloud.openstack and cloud.openstack.agent)):
+            where = ("clouds", i, "agent") if cloud.agent else ("clouds", i, "openstack", "agent")
+            hint = "leave agent: out, or with agents on all hosts say trust: hypervisor"
+            wrong(where, f"cloud {cloud.name!r} has an agent, and trust: none uses none", hint)
     nets = [
         (i, ipaddress.IPv4Network(c.libvirt.network)) for i, c in enumerate(clouds) if c.libvirt and c.libvirt.network
     ]
@@ -359,20 +358,39 @@ def _check_clouds(clouds: list[_Cloud], wrong: Any) -> None:
                 wrong(("clouds", i, "libvirt", "network"), f"{net} overlaps the network of {clouds[j].name!r}")
 
 
-def _check_trust(i: int, cloud: _Cloud, wrong: Any) -> None:
-    """The algorithms that we have rest on a wormhole at the hypervisor, and that needs root on the compute hosts."""
-    agent = cloud.openstack.agent if cloud.openstack else None
+def _check_agent(i: int, cloud: _Cloud, wrong: Any) -> None:
+    """trust: hypervisor rests on a wormhole at the hypervisor, and that needs root on the compute hosts."""
+    if cloud.libvirt and "+ssh://" in cloud.libvirt.uri and cloud.agent is None:
+        hint = "add agent: {socket: /run/cloudfit/agent.sock}; without root there, trust: none"
+        wrong(("clouds", i), f"cloud {cloud.name!r} is remote: the controller cannot start its agent", hint)
+    if cloud.openstack is None:
+        return
+    agent = cloud.openstack.agent
     if cloud.agent is not None:
         wrong(("clouds", i, "agent"), "an openstack cloud names its agent inside openstack", "openstack: {agent: …}")
     if agent is None:
         hint = (
             "with root on its compute hosts run cloudfit-agent there and add agent: {ssh: root@host, socket: /run/…}, "
-            "or agent: {} if the compute host is this one; without, use a libvirt cloud"
+            "or agent: {} if the compute host is this one; without, say trust: none with algorithm: pbft"
         )
         wrong(("clouds", i, "openstack"), f"cloud {cloud.name!r} has no agent: nobody measures what boots there", hint)
     elif agent.ssh and not agent.socket:
         hint = "add socket: /run/cloudfit/agent.sock"
         wrong(("clouds", i, "openstack", "agent"), "a remote agent is not started by the controller", hint)
+
+
+def _check_untrusted(v: dict[str, Any], wrong: Any) -> None:
+    """Without a trusted component only PBFT stands, and a cloud that is malicious itself must count within f."""
+    if v.get("algorithm", Algorithm.PBFT) != Algorithm.PBFT:
+        hint = "algorithm: pbft, with 3f+1 replicas; or trust: hypervisor with an agent on every host"
+        says = f"{v['algorithm']} believes the counters of a wormhole, and with trust: none there is none"
+        wrong(("trust",), says, hint)
+    if v.get("f") == 0:
+        wrong(("f",), "with f=0 a malicious cloud would have the group", "f: 1 or more, on 3f+1 replicas")
+    placement = v.get("placement")
+    if placement is not None and "f" in v and placement.max_per_cloud != "f" and placement.max_per_cloud > v["f"] > 0:
+        says = f"a malicious cloud would have {placement.max_per_cloud} replicas, more than f={v['f']}"
+        wrong(("placement", "max_per_cloud"), says, f"max_per_cloud: f, which is {v['f']}")
 
 
 def _check_adversary(v: dict[str, Any], n: int | None, wrong: Any) -> None:
@@ -389,37 +407,14 @@ def _check_adversary(v: dict[str, Any], n: int | None, wrong: Any) -> None:
         wrong(("adversary",), f"{len(set(names))} adversaries, but f={v['f']}", "name at most f replicas")
 
 
-def place(n: int, f: int, clouds: list[str], limit: int) -> _Placed:
-    """Round robin over `clouds`, at most `limit` on each; also what the placement does not tolerate, in words."""
-    placement = tuple((f"r{i}", clouds[i % len(clouds)]) for i in range(n))
-    for cloud in clouds:
-        here = sum(1 for _, c in placement if c == cloud)
-        if here > limit:
-            raise BadInputError(f"{here} replicas on cloud {cloud!r}, at most {limit} are allowed")
-    return _Placed(placement, losses(placement, f, clouds))
-
-
-def losses(placement: tuple[tuple[str, str], ...], f: int, clouds: Iterable[str]) -> tuple[str, ...]:
-    """What that placement does not tolerate, in words."""
-    counts = [(cloud, sum(1 for _, c in placement if c == cloud)) for cloud in clouds]
-    return tuple(
-        f"the loss of cloud {c!r}: it holds {here} replicas, more than f={f}" for c, here in counts if here > f
-    )
-
-
-def members_needed(algorithm: str, f: int, k: int) -> int:
-    """The fewest replicas for f and k (protocol §1)."""
-    return 3 * f + 2 * k + 1 if algorithm == Algorithm.PBFT else 2 * f + k + 1
-
-
-def _group_spec(s: SpecFile, placed: _Placed) -> GroupSpec:
+def _group_spec(s: SpecFile, placed: Placed) -> GroupSpec:
     return GroupSpec(
         group=s.group,
         service=s.service,
         f=s.f,
         k=s.k,
         algorithm=Algorithm(s.algorithm),
-        clouds=tuple(_cloud_spec(c) for c in s.clouds),
+        clouds=tuple(replace(_cloud_spec(c), trust=Trust(s.trust)) for c in s.clouds),
         placement=placed.placement,
         image=s.image,
         allow_adversary=s.allow_adversary,
@@ -472,6 +467,7 @@ def _cloud_from_json(doc: dict[str, Any]) -> CloudSpec:
     place = doc.pop("openstack", None)
     if place is not None:
         place = OpenStackPlace(**{**place, "clients": tuple(place["clients"])})
+    doc["trust"] = Trust(doc.get("trust", Trust.HYPERVISOR))  # specs from before there was a choice
     return CloudSpec(**doc, openstack=place)
 
 

@@ -8,7 +8,7 @@ from cloudfit_orchestrator.controller.configure import Seat
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.survey import known_to
-from cloudfit_orchestrator.model.errors import PermanentError, UnknownError
+from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.record import ConfigRecord, Member, Status, open_record
 from cloudfit_orchestrator.model.spec import CloudSpec
 
@@ -52,7 +52,9 @@ class Standing:
                 return
             try:
                 agent.command(GuestRef(self._group, member.replica, member.incarnation), body)
-            except UnknownError as error:  # it is out already; the configuration that follows tells it the rest
+            except CloudfitError as error:  # it is out already; the configuration that follows tells it the rest
+                if not (agent.inside or isinstance(error, UnknownError)):
+                    raise
                 say = f"{member.replica} cannot be told: {error.fact}"
                 self._x.report(Progress(self._kind, body["op"], f"{self._group}/{member.replica}", say))
 

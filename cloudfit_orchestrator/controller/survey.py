@@ -9,7 +9,7 @@ from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Context
 from cloudfit_orchestrator.model.errors import CloudfitError, UnknownError
 from cloudfit_orchestrator.model.record import ConfigRecord
-from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
+from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Trust
 from cloudfit_orchestrator.recovery.budget import Condition
 
 
@@ -24,7 +24,7 @@ class Seen:
     address: str
     machine: str  # running | paused | stopped | missing | unknown
     reachable: str  # yes | no | unknown: does the guest speak on its channel
-    verified: str  # good | bad | unknown: what the agent measured against the record
+    verified: str  # good | bad | unknown: what the agent measured against the record; unmeasured: trust: none
     epoch: str  # of the ACTIVE configuration: open | frozen | ended | none | unknown
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ def _see(
     if member is not None and member.incarnation != row.incarnation:
         member = None
     guest = known_to(status, row.group, row) if status is not None else None
-    if status is None:
+    if status is None or f"{row.group}/{row.peer_id}" in status.get("silent", ()):
         reachable, verified, epoch = "unknown", "unknown", "unknown"
     elif guest is None:
         reachable, verified, epoch = "no", "unknown", "none"
@@ -82,6 +82,7 @@ def _see(
         reachable = "yes" if guest["connected"] else "no"
         same = member is None or guest.get("image", member.image) == member.image
         verified = ("good" if same else "bad") if member is not None else "unknown"
+        verified = "unmeasured" if cloud.trust is Trust.NONE else verified
         epoch = next((e["state"] for e in guest["epochs"] if record and e["c"] == record.c), "none")
     return Seen(
         row.replica, row.incarnation, row.role, row.cloud, row.address, state, reachable, verified, epoch,

@@ -31,12 +31,12 @@ from cloudfit_orchestrator.gateway.numbers import MemoryNumbers, Numbers
 from cloudfit_orchestrator.gateway.reads import Reads
 from cloudfit_orchestrator.guest.dialler import Dialler
 from cloudfit_orchestrator.guest.links import SendQueue
-from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.errors import BadError, BadInputError, TemporaryError
 from cloudfit_orchestrator.model.record import Client as Admitted
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, check_confirmations, open_record
 from cloudfit_orchestrator.model.signing import Ed25519Verifier, public_bytes
+from cloudfit_orchestrator.wormhole.tls import Credentials
 
 NEAR_TIMEOUT_S = 1.0  # then all replicas are asked
 RESEND_FIRST_S = 1.0

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
-from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.guest.tls import Directory, Peer
 from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.errors import BadError
+from cloudfit_orchestrator.wormhole.tls import Credentials
 
 HANDSHAKE_TIMEOUT_S = 10.0  # under TCG a handshake takes tens of milliseconds
 CONNECT_TIMEOUT_S = 2.0  # the kernel would wait longer between its own tries than a machine needs to boot

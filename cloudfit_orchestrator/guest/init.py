@@ -4,6 +4,9 @@ Loads nothing and needs no tools: mount(2) and reboot(2) through the C library. 
 entry says why on the console and powers off. A child that dies is started again after a bounded, growing delay: a
 replica that is killed comes back within its epoch (protocol §2). There is no other supervisor and no shell.
 
+Where nobody has a hold on the host (`trust: none`) there is a config drive, and with it a second child: the agent that
+elsewhere runs on the host. The two are kept running alike.
+
 Every module imported here delays the start of the machine (an emulated one needs 0.1 s for `pathlib` alone), hence
 plain tuples and `os.path`.
 """
@@ -24,11 +27,17 @@ STATE_BEHIND_ROOT = "/dev/dm-1"  # the initramfs makes it where the first disk h
 STATE = "/state"
 STATE_ERROR = "/run/cloudfit/state-error"  # why an optional state disk is not mounted; the entry reports it
 DEVICE_TIMEOUT_S = 10.0  # the disk is found before the root is; a slow host is given this much more
+AGENT = "cloudfit_orchestrator.wormhole.inside"
+CHANNEL = "/run/cloudfit/channel"  # where the entry listens for an agent in the same machine
+DRIVE = "/run/cloudfit/drive"  # a config drive, mounted
+# As in `model.drive`, which would import too much here; a test compares them.
+DRIVE_LABEL, DRIVE_FILE, DRIVE_MAGIC = "config-2", "openstack/latest/user_data", b'{"cloudfit_drive": 1,'
+_ISO_VOLUME = 16 * 2048  # ECMA-119 §8.4: the primary volume descriptor; its identifier is at 40, 32 bytes
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0  # a replica that always crashes costs one start in this time
 STEADY_S = 60.0  # after a run of this length the next delay is the first again
 
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 1, 2, 4, 8, 1024
 _SAFE = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _RB_POWER_OFF = 0x4321FEDC
 _NETLINK_KOBJECT_UEVENT = 15
@@ -98,32 +107,79 @@ def mount_state(*, required: bool) -> None:
             file.write(str(error))
 
 
+def find_drive(devices: str = "/dev", blocks: str = "/sys/block") -> str | None:
+    """The device of a config drive, by its label; None if there is none."""
+    for name in sorted(os.listdir(blocks)):  # noqa: PTH208
+        if name.startswith(("vda", "vdb", "dm-", "loop", "ram")):
+            continue
+        try:
+            with open(f"{devices}/{name}", "rb") as disk:  # noqa: PTH123
+                disk.seek(_ISO_VOLUME)
+                volume = disk.read(72)
+        except OSError:  # an empty CD-ROM drive, or one that is not ready
+            continue
+        if volume[1:6] == b"CD001" and volume[40:72].decode("ascii", "replace").rstrip(" ") == DRIVE_LABEL:
+            return f"{devices}/{name}"
+    return None
+
+
+def mount_drive() -> str | None:
+    """The file of a config drive that is meant for us, mounted; None if there is no such drive."""
+    device = find_drive()
+    if device is None and os.path.isdir("/sys/class/scsi_host") and os.listdir("/sys/class/scsi_host"):  # noqa: PTH112, PTH208
+        wait_for_device("/dev/sr0", DEVICE_TIMEOUT_S)  # SCSI disks are found beside everything else
+        device = find_drive()
+    if device is None:
+        return None
+    path = f"{DRIVE}/{DRIVE_FILE}"
+    try:
+        os.mkdir(DRIVE, 0o700)  # noqa: PTH102
+        mount(device, DRIVE, "iso9660", _SAFE | _MS_RDONLY, "")
+        with open(path, "rb") as file:  # noqa: PTH123
+            mine = file.read(len(DRIVE_MAGIC)) == DRIVE_MAGIC
+    except OSError as error:
+        say(f"init: config drive {device}: {error}")
+        return None
+    return path if mine else None
+
+
 def next_delay(delay_s: float, ran_s: float) -> float:
     """The delay before the next start, after a run of `ran_s` that was itself started after `delay_s`."""
     return FIRST_DELAY_S if ran_s >= STEADY_S else min(max(delay_s * 2, FIRST_DELAY_S), LONGEST_DELAY_S)
 
 
-def supervise(start: "Callable[[], int]", *, rounds: int | None = None) -> None:
-    """Start the child and start it again whenever it ends, reaping whatever else ends; for ever, or `rounds` times."""
-    delay_s = 0.0
+def supervise(*programs: "Callable[[], int]", rounds: int | None = None) -> None:
+    """Start the children, and each again whenever it ends, reaping whatever else ends; for ever, or `rounds` times."""
+    delays = [0.0] * len(programs)
+    began = [0.0] * len(programs)
+    children: dict[int, int] = {}
+
+    def begin(number: int) -> None:
+        began[number] = time.monotonic()
+        children[programs[number]()] = number
+
+    for number in range(len(programs)):
+        begin(number)
     while rounds is None or rounds > 0:
-        began = time.monotonic()
-        child = start()
         pid, status = os.wait()
-        while pid != child:  # an orphan that init inherited
-            pid, status = os.wait()
-        delay_s = next_delay(delay_s, time.monotonic() - began)
+        ended = children.pop(pid, None)
+        if ended is None:
+            continue  # an orphan that init inherited
+        delays[ended] = next_delay(delays[ended], time.monotonic() - began[ended])
         code = os.waitstatus_to_exitcode(status)
         what = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        say(f"init: entry {what}; next start in {delay_s:g} s")
+        name = "entry" if ended == 0 else "agent"
+        say(f"init: {name} {what}; next start in {delays[ended]:g} s")
         rounds = None if rounds is None else rounds - 1
-        time.sleep(delay_s)  # the back-off itself: nothing is waited for
+        time.sleep(delays[ended])  # the back-off itself: nothing is waited for
+        if rounds is None or rounds > 0:
+            begin(ended)
 
 
-def start_entry(entry: str) -> int:
-    """Start `python3 -I -m entry`; its process id."""
+def start_module(module: str, *arguments: str) -> int:
+    """Start `python3 -I -m module`; its process id."""
     environment = {"PATH": "/usr/bin", "HOME": "/", "LANG": "C.UTF-8"}
-    return os.posix_spawn(sys.executable, [sys.executable, "-I", "-m", entry], environment)
+    return os.posix_spawn(sys.executable, [sys.executable, "-I", "-m", module, *arguments], environment)
 
 
 def setting(name: str) -> str:
@@ -143,5 +199,12 @@ def main() -> "NoReturn":
     except OSError as error:
         power_off(str(error))
     mount_state(required=state == "required")
-    supervise(lambda: start_entry(entry))
+    drive = mount_drive()
+    if drive is None:
+        supervise(lambda: start_module(entry))
+    else:
+        supervise(
+            lambda: start_module(entry, "--channel", CHANNEL, "--own-network"),
+            lambda: start_module(AGENT, "--drive", drive, "--channel", CHANNEL, "--state", STATE),
+        )
     power_off("supervision ended")

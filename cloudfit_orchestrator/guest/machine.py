@@ -60,11 +60,12 @@ def log(event: str, **fields: object) -> None:
 def run(program: Callable[[Machine], Coroutine[Any, Any, None]]) -> int:
     """Parse the arguments, run `program` on the fastest event loop there is; the exit code."""
     parser = argparse.ArgumentParser(description="A CloudFIT guest program; it is started by the guest's init.")
-    parser.add_argument("--channel", type=Path, help="unix socket to listen on for the agent (local processes)")
+    parser.add_argument("--channel", type=Path, help="unix socket to listen on for the agent, instead of a virtio port")
+    parser.add_argument("--own-network", action="store_true", help="all the same this is a machine with an interface")
     parser.add_argument("--state", type=Path, default=Path("/state"), help="directory of log and snapshots")
     arguments = parser.parse_args()
     port: Port = ListeningPort(arguments.channel) if arguments.channel else VirtioPort()
-    machine = Machine(port, arguments.state, local=arguments.channel is not None)
+    machine = Machine(port, arguments.state, local=arguments.channel is not None and not arguments.own_network)
     gc.freeze()  # what is loaded stays: it need not be visited again and again
     try:
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:

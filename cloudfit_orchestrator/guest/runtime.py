@@ -36,13 +36,13 @@ from cloudfit_orchestrator.guest.channel import Channel, ChannelLostError, Handl
 from cloudfit_orchestrator.guest.durable import Durable
 from cloudfit_orchestrator.guest.ports import Port
 from cloudfit_orchestrator.guest.storage import DiskFailedError, DiskFullError
-from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import Transport
 from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.channel import FrameKind
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
 from cloudfit_orchestrator.services.registry import load
+from cloudfit_orchestrator.wormhole.tls import Credentials
 
 TICK_S = 0.04  # the core wants one every 50 ms, and an idle replica on an emulated core pays for each
 ISSUE_RETRY_S = 1.0

@@ -13,9 +13,10 @@ from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
 from cloudfit_orchestrator.guest.crowd import Crowd
 from cloudfit_orchestrator.guest.dialler import HANDSHAKE_TIMEOUT_S, Dialler
 from cloudfit_orchestrator.guest.links import Link, SendQueue, notice_dead_peers
-from cloudfit_orchestrator.guest.tls import Credentials, Directory, Peer
+from cloudfit_orchestrator.guest.tls import Directory, Peer
 from cloudfit_orchestrator.guest.turn import Turn
 from cloudfit_orchestrator.model.record import Client
+from cloudfit_orchestrator.wormhole.tls import Credentials
 
 MAX_PEER_QUEUE = 32 << 20  # bytes that wait for one peer: a few chunks, or a window of batches
 MAX_CLIENT_QUEUE = 4 << 20  # bytes that wait for one client's connection

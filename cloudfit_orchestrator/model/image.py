@@ -113,7 +113,8 @@ class LaunchCertificate:
     agent: str  # key id of the agent
     isolated: bool  # False under the process driver
     channel_ca: str  # base64 DER
-    measured_at: str  # RFC 3339, information only
+    measured_at: str  # RFC 3339, information only; empty if nothing was measured
+    measured: bool = True  # False: nobody looked at what boots there, `image` is what was asked for
 
 
 def seal_launch(certificate: LaunchCertificate, key: Ed25519PrivateKey) -> bytes:

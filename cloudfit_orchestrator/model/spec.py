@@ -1,8 +1,16 @@
 """A replica group as its owner wants it, checked and placed. `controller/spec.py` makes it from YAML."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from cloudfit_orchestrator.model.record import Algorithm, Parameters
+
+
+class Trust(StrEnum):
+    """Whom the group trusts beside the controller. HYPERVISOR: the agent of each host. NONE: nobody, keys in guests."""
+
+    HYPERVISOR = "hypervisor"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class CloudSpec:
     agent_socket: str = ""  # of a running agent on that host; empty: the controller runs one itself (local clouds only)
     openstack: OpenStackPlace | None = None
     reserve: bool = False  # holds no replica until it takes over those of a cloud that is lost
+    trust: Trust = Trust.HYPERVISOR  # of the whole group
 
     @property
     def local(self) -> bool:
@@ -88,6 +97,11 @@ class GroupSpec:
     def n(self) -> int:
         """Number of replicas."""
         return len(self.placement)
+
+    @property
+    def trust(self) -> Trust:
+        """The same for all clouds of the group."""
+        return self.clouds[0].trust
 
     @property
     def serving(self) -> tuple[str, ...]:

@@ -366,6 +366,12 @@ class FakeAgent:
         self.guests: dict[GuestRef, Guest] = {}
         self._reports: list[Report] = []
         self._records: dict[str, ConfigRecord] = {}
+        self.inside = False
+
+    def key_of(self, guest: GuestRef) -> bytes:
+        """See `Agent`."""
+        del guest
+        return public_bytes(self._identity)
 
     def _call(self, op: str) -> None:
         if not self.reachable or not self._cloud.reachable:

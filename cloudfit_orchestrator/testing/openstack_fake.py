@@ -107,7 +107,8 @@ class FakeOpenStack(Glance):
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
-        server.handle_error = lambda *_: None  # type: ignore[method-assign]  a client that does not like our certificate
+        # A client that does not like our certificate says nothing.
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
         if tls is not None:
             server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -275,6 +276,7 @@ class FakeOpenStack(Glance):
                 "image": {"id": image["id"]}, "_properties": dict(image), "hostId": "h1",
                 "_ports": [p["id"] for p in ports],
                 "os-extended-volumes:volumes_attached": [{"id": v["id"]} for v in volumes], "_then": self._booted,
+                "config_drive": "True" if wanted["config_drive"] else "", "_user_data": wanted.get("user_data"),
             },
         )  # fmt: skip
         for port in ports:

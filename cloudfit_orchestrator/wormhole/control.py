@@ -166,7 +166,7 @@ class Control:
         return {"launch": _text(await self._agent.admit(order))}
 
     async def _prepare(self, a: Arguments) -> Answer:
-        epoch = self._agent.table.prepare(a.guest(), a.take("c", int))
+        epoch = self._agent.prepare(a.guest(), a.take("c", int))
         return {"usig_key": _text(epoch.usig_key), "kss_key": _text(epoch.kss_key)}
 
     async def _install(self, a: Arguments) -> Answer:
@@ -229,7 +229,9 @@ def _machine(a: Arguments) -> MachineRef:
         if not 1 < pid < 1 << 31:
             raise BadInputError(f"{pid} is no process id")
         return MachineRef(driver, pid=pid, socket=a.take("socket", str))
-    raise BadInputError(f"{driver!r:.40} is no driver: libvirt or process")
+    if driver == "inside":
+        return MachineRef(driver)
+    raise BadInputError(f"{driver!r:.40} is no driver: libvirt, process or inside")
 
 
 def _text(raw: bytes) -> str:

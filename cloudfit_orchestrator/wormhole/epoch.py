@@ -1,6 +1,9 @@
 """One epoch of one incarnation: the keys of one configuration, and the table of what is allowed when (protocol §2)."""
 
+from collections.abc import Callable
 from enum import StrEnum
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import RefusedError
@@ -9,6 +12,14 @@ from cloudfit_orchestrator.model.ui import EpochEnd
 from cloudfit_orchestrator.wormhole.kss import Kss
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 from cloudfit_orchestrator.wormhole.usig import Usig
+
+KeyMaker = Callable[[str], Ed25519PrivateKey]  # the key of that label, which no other label of the incarnation has
+
+
+def fresh_key(label: str) -> Ed25519PrivateKey:
+    """A random one: it exists once, in this process."""
+    del label
+    return Ed25519PrivateKey.generate()
 
 
 class State(StrEnum):
@@ -47,12 +58,12 @@ _WHY = {
 class Epoch:
     """Keys and counter of (group, replica, incarnation, c)."""
 
-    def __init__(self, group: str, replica: str, c: int) -> None:
+    def __init__(self, group: str, replica: str, c: int, make: KeyMaker = fresh_key) -> None:
         """Make the keys; nothing but CONFIRM is signed before `activate`."""
         self.c = c
         self.state = State.PREPARED
-        self._usig = Usig(group, replica, c)
-        self._kss = Kss(group, replica, c)
+        self._usig = Usig(group, replica, c, make(f"usig/{c}"))
+        self._kss = Kss(group, replica, c, make(f"kss/{c}"))
 
     @property
     def usig_key(self) -> bytes:

@@ -11,7 +11,7 @@ from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.record import ConfigRecord, Member, Status, check_confirmations, open_record
 from cloudfit_orchestrator.model.signing import Ed25519Verifier
 from cloudfit_orchestrator.model.ui import EpochEnd
-from cloudfit_orchestrator.wormhole.epoch import Epoch, State
+from cloudfit_orchestrator.wormhole.epoch import Epoch, KeyMaker, State, fresh_key
 from cloudfit_orchestrator.wormhole.identity import Identity
 from cloudfit_orchestrator.wormhole.kss import ChannelCA, Lease
 from cloudfit_orchestrator.wormhole.records import GroupRecords, Held
@@ -44,6 +44,7 @@ class Guest:
     lease: Lease
     ca: ChannelCA
     welcome: dict[str, Any]
+    make: KeyMaker = fresh_key
     epochs: dict[int, Epoch] = field(default_factory=dict)
     commands: deque[bytes] = field(default_factory=lambda: deque(maxlen=MAX_COMMANDS))  # JSON
     was_member: bool = False
@@ -71,7 +72,7 @@ class Guest:
                 if not ended:
                     raise RefusedError(f"{self.identity} has {len(self.epochs)} epochs that have not ended")
                 del self.epochs[ended[0]]
-            self.epochs[c] = Epoch(self.identity.group, self.identity.replica, c)
+            self.epochs[c] = Epoch(self.identity.group, self.identity.replica, c, self.make)
         return self.epochs[c]
 
     def greeted(self) -> None:

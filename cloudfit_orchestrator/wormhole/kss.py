@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloudfit_orchestrator.model.channel import ErrorCode
-from cloudfit_orchestrator.model.signing import public_bytes
+from cloudfit_orchestrator.model.signing import public_bytes, sha256
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 from cloudfit_orchestrator.wormhole.refusal import Malformed, Refusal
 
@@ -23,12 +23,12 @@ _NOT_AFTER = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)  # RFC 5280 §
 class Kss:
     """The statement key of one epoch."""
 
-    def __init__(self, group: str, replica: str, c: int) -> None:
-        """Make the key."""
+    def __init__(self, group: str, replica: str, c: int, key: Ed25519PrivateKey | None = None) -> None:
+        """Make the key, unless it is given."""
         self._group = group
         self._replica = replica
         self._c = c
-        self._key: Ed25519PrivateKey | None = Ed25519PrivateKey.generate()
+        self._key: Ed25519PrivateKey | None = key or Ed25519PrivateKey.generate()
         self.public_key = public_bytes(self._key)
 
     def sign(self, kind: Kind, body: bytes) -> bytes:
@@ -64,12 +64,15 @@ class Lease:
 class ChannelCA:
     """Issues the TLS certificates of one incarnation; its key signs nothing else."""
 
-    def __init__(self, name: str) -> None:
-        """`name`: `group/replica#incarnation`, at most 61 characters (a common name has 64)."""
+    def __init__(self, name: str, key: Ed25519PrivateKey | None = None) -> None:
+        """`name`: `group/replica#incarnation`, at most 61 characters (a common name has 64). Makes the key unless it is
+        given: the same key has the same certificate.
+        """
         self._name = name
-        self._key = Ed25519PrivateKey.generate()
+        self._key = key or Ed25519PrivateKey.generate()
         subject = _common_name(f"{name} CA")
-        builder = _builder(subject, subject, self._key.public_key(), self._key.public_key())
+        serial = int.from_bytes(sha256(public_bytes(self._key))[:16])  # as unique as the key
+        builder = _builder(subject, subject, self._key.public_key(), self._key.public_key(), serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_key_usage(ca=True), critical=True)
         self._subject = subject
@@ -78,7 +81,8 @@ class ChannelCA:
     def issue(self, spki: bytes) -> bytes:
         """The DER certificate for the key in `spki` (DER). Raises Malformed for what is no Ed25519 or P-256 key."""
         key = _load_spki(spki)
-        builder = _builder(_common_name(self._name), self._subject, key, self._key.public_key())
+        serial = x509.random_serial_number()
+        builder = _builder(_common_name(self._name), self._subject, key, self._key.public_key(), serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(ca=False), critical=True)
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -109,13 +113,14 @@ def _builder(
     issuer: x509.Name,
     key: Ed25519PublicKey | EllipticCurvePublicKey,
     issuer_key: Ed25519PublicKey,
+    serial: int,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial)
         .not_valid_before(_NOT_BEFORE)
         .not_valid_after(_NOT_AFTER)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError, RefusedError
 from cloudfit_orchestrator.model.signing import KEY_BYTES, private_bytes
-from cloudfit_orchestrator.wormhole.agent import Agent
 from cloudfit_orchestrator.wormhole.control import MAX_LINE_BYTES, Control
+from cloudfit_orchestrator.wormhole.host import HostAgent
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path has 108, the last is zero
 LOG_BYTES = 16 << 20  # of one log file; the one before it is kept
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 async def _run(name: str, identity: Ed25519PrivateKey, keys: dict[str, list[bytes]], listener: socket.socket) -> None:
-    agent = Agent(name, identity, controller_keys=keys["controller_keys"], image_keys=keys["image_keys"])
+    agent = HostAgent(name, identity, controller_keys=keys["controller_keys"], image_keys=keys["image_keys"])
     control = Control(agent)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,12 +13,12 @@ from cloudfit_orchestrator.wormhole.refusal import Refusal
 class Usig:
     """Counter and key. Knows nothing of who may ask when: see `epoch.Epoch`."""
 
-    def __init__(self, group: str, replica: str, c: int) -> None:
-        """Make the key. The first counter value is 1."""
+    def __init__(self, group: str, replica: str, c: int, key: Ed25519PrivateKey | None = None) -> None:
+        """Make the key, unless it is given. The first counter value is 1."""
         self._group = group
         self._replica = replica
         self._c = c
-        self._key: Ed25519PrivateKey | None = Ed25519PrivateKey.generate()
+        self._key: Ed25519PrivateKey | None = key or Ed25519PrivateKey.generate()
         self.public_key = public_bytes(self._key)
         self.cv = 0  # the last counter value that was certified
         self._recent: deque[tuple[int, bytes, bytes]] = deque(maxlen=RECENT_UIS)

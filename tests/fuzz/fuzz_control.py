@@ -4,9 +4,10 @@ import asyncio
 import base64
 import json
 
-from cloudfit_orchestrator.wormhole import agent as agent_module
-from cloudfit_orchestrator.wormhole.agent import Agent
+from cloudfit_orchestrator.wormhole import host as host_module
+from cloudfit_orchestrator.wormhole.agent import MachineRef
 from cloudfit_orchestrator.wormhole.control import CODES, MAX_LINE_BYTES, Control
+from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.measure import NO_IMAGE, Measured
 from tests.unit.bft.house import CONTROLLER, House, public_bytes
 
@@ -16,9 +17,9 @@ HOUSE = House()
 TEXT = base64.b64encode(HOUSE.prepared).decode()
 
 
-def _measured(machine: agent_module.MachineRef, _: object, *, attach: bool) -> Measured:
+def _measured(machine: MachineRef, _: object, *, attach: bool) -> Measured:
     """Every machine is what it says; nothing of this computer is looked at."""
-    return Measured(agent_module._machine_id(machine), NO_IMAGE, "/nonexistent/socket", isolated=False)
+    return Measured(host_module._machine_id(machine), NO_IMAGE, "/nonexistent/socket", isolated=False)
 
 
 def run(data: bytes) -> None:
@@ -27,8 +28,8 @@ def run(data: bytes) -> None:
 
 
 async def _lines(lines: list[bytes]) -> None:
-    real, agent_module._measure = agent_module._measure, _measured
-    agent = Agent("a", CONTROLLER, controller_keys=[public_bytes(CONTROLLER)], image_keys=[])
+    real, host_module._measure = host_module._measure, _measured
+    agent = HostAgent("a", CONTROLLER, controller_keys=[public_bytes(CONTROLLER)], image_keys=[])
     control = Control(agent)
     try:
         for line in lines:
@@ -43,7 +44,7 @@ async def _lines(lines: list[bytes]) -> None:
         assert not agent.counters["control-internal"]
     finally:
         await agent.stop()
-        agent_module._measure = real
+        host_module._measure = real
 
 
 def seeds() -> list[bytes]:

@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloudfit_orchestrator.model.channel import PORT_NAME, hello
 from cloudfit_orchestrator.model.image import Role, seal_manifest
 from cloudfit_orchestrator.model.signing import public_bytes
-from cloudfit_orchestrator.wormhole.agent import Admission, Agent, MachineRef
+from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
+from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
 from tests.openstack.test_driver import (  # noqa: F401  fixtures
     deployment,
@@ -65,7 +66,7 @@ def test_a_server_is_admitted_and_after_a_hard_reboot_attached_again(lab, tmp_pa
 
 async def _serve(c, machine, manifest):
     key = Ed25519PrivateKey.generate()
-    agent = Agent("lab", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
+    agent = HostAgent("lab", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
     reference = MachineRef("libvirt", uri=machine.reference["uri"], uuid=machine.id)
     who = Identity("ledger", "r0", 1)
     order = Admission(who, Role.REPLICA, reference, seal_manifest(manifest, key), False, 1000.0, {"port": 7000})  # noqa: FBT003

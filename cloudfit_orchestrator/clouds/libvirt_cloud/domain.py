@@ -12,8 +12,8 @@ from cloudfit_orchestrator.model.errors import BadInputError
 NAMESPACE = "https://cloudfit.dev/xmlns/machine/1"
 _TAG = f"{{{NAMESPACE}}}machine"
 _UUIDS = uuid.UUID("6f0e1f5b-6d2e-5c0e-9d9b-1a5f3c1f7a52")  # namespace of our deterministic UUIDs
-ROOT_PORTS = 8  # PCIe: two disks, card, serial, entropy; the rest is free for what is attached while it runs
-ROOT_TARGET, STATE_TARGET = "vda", "vdb"
+ROOT_PORTS = 8  # PCIe: three disks, card, serial, entropy; the rest is free for what is attached while it runs
+ROOT_TARGET, STATE_TARGET, DRIVE_TARGET = "vda", "vdb", "vdc"
 ET.register_namespace("cloudfit", NAMESPACE)
 
 
@@ -56,8 +56,12 @@ def mac(owner: Ownership) -> str:
     return "06:" + ":".join(owner.key[i : i + 2] for i in range(0, 10, 2))
 
 
-def domain_xml(spec: MachineSpec, host: Host, files: Files, second: Disk | None, network: str | None) -> str:
-    """The domain definition. `second`: the disk behind /dev/vdb; `network`: libvirt's name of the machine's network."""
+def domain_xml(
+    spec: MachineSpec, host: Host, files: Files, second: Disk | None, network: str | None, drive: Disk | None = None
+) -> str:
+    """The domain definition. `second`: the disk behind /dev/vdb; `network`: libvirt's name of the machine's network;
+    `drive`: the config drive.
+    """
     owner = spec.owner
     domain = ET.Element("domain", type=host.domain_type)
     _text(domain, "name", owner.name)
@@ -85,7 +89,7 @@ def domain_xml(spec: MachineSpec, host: Host, files: Files, second: Disk | None,
     _text(domain, "on_poweroff", "destroy")
     _text(domain, "on_reboot", "restart")  # QEMU boots the same kernel bytes again, those it holds in memory
     _text(domain, "on_crash", "destroy")
-    domain.append(_devices(spec, files, second, network))
+    domain.append(_devices(spec, files, second, network, drive))
     if host.label is not None:
         # Static and without relabelling: libvirt would else hand kernel and root image to the user that QEMU runs as,
         # and an intruder who leaves the guest could write to what other machines boot.
@@ -94,7 +98,9 @@ def domain_xml(spec: MachineSpec, host: Host, files: Files, second: Disk | None,
     return ET.tostring(domain, "unicode")
 
 
-def _devices(spec: MachineSpec, files: Files, second: Disk | None, network: str | None) -> ET.Element:
+def _devices(
+    spec: MachineSpec, files: Files, second: Disk | None, network: str | None, drive: Disk | None
+) -> ET.Element:
     devices = ET.Element("devices")
     ET.SubElement(devices, "controller", type="usb", model="none")
     ET.SubElement(devices, "controller", type="pci", index="0", model="pcie-root")
@@ -106,14 +112,19 @@ def _devices(spec: MachineSpec, files: Files, second: Disk | None, network: str 
     devices.append(root)
     if second is not None:
         devices.append(_disk(second, STATE_TARGET))
+    if drive is not None:
+        third = _disk(drive, DRIVE_TARGET)
+        ET.SubElement(third, "readonly")
+        devices.append(third)
     if network is not None:
         card = ET.SubElement(devices, "interface", type="network")
         ET.SubElement(card, "mac", address=mac(spec.owner))
         ET.SubElement(card, "source", network=network)
         ET.SubElement(card, "model", type="virtio")
-    channel = ET.SubElement(devices, "channel", type="unix")
-    ET.SubElement(channel, "source", mode="bind", path=str(files.channel))
-    ET.SubElement(channel, "target", type="virtio", name=PORT_NAME)
+    if drive is None:  # else the agent is inside: nobody would listen
+        channel = ET.SubElement(devices, "channel", type="unix")
+        ET.SubElement(channel, "source", mode="bind", path=str(files.channel))
+        ET.SubElement(channel, "target", type="virtio", name=PORT_NAME)
     serial = ET.SubElement(devices, "serial", type="file")
     ET.SubElement(serial, "source", path=str(files.console), append="on")
     ET.SubElement(serial, "target", port="0")
@@ -146,11 +157,13 @@ def disk_xml(disk: Disk) -> str:
     return ET.tostring(_disk(disk, STATE_TARGET), "unicode")
 
 
-def snapshot_xml(overlay: Path) -> str:
-    """Move `/dev/vdb` on top of the prepared `overlay`, leave every other disk alone."""
+def snapshot_xml(overlay: Path, *, drive: bool = False) -> str:
+    """Move `/dev/vdb` on top of the prepared `overlay`, leave every other disk alone, the config `drive` too."""
     snapshot = ET.Element("domainsnapshot")
     disks = ET.SubElement(snapshot, "disks")
     ET.SubElement(disks, "disk", name=ROOT_TARGET, snapshot="no")
+    if drive:
+        ET.SubElement(disks, "disk", name=DRIVE_TARGET, snapshot="no")
     disk = ET.SubElement(disks, "disk", name=STATE_TARGET, snapshot="external", type="file")
     ET.SubElement(disk, "driver", type="qcow2")
     ET.SubElement(disk, "source", file=str(overlay))
@@ -170,6 +183,7 @@ class Seen:
     state_disk: Disk | None
     sources: frozenset[Path]  # of all its disks, with the files below them
     networks: frozenset[str]
+    drive: bool = False  # has a config drive
 
 
 def read_domain(xml: str) -> Seen:
@@ -206,6 +220,7 @@ def read_domain(xml: str) -> Seen:
         networks=frozenset(
             s.attrib["network"] for s in domain.iterfind("devices/interface/source") if "network" in s.attrib
         ),
+        drive=domain.find(f"devices/disk/target[@dev='{DRIVE_TARGET}']") is not None,
     )
 
 

@@ -251,8 +251,9 @@ class LibvirtCloud(Cloud):
             second = files.state_disk(owner, spec.state_disk.size_mib)
         elif spec.attach is not None:
             second = files.overlay(owner, spec.attach)
+        drive = None if spec.drive is None else files.drive(owner, spec.drive)
         with trying(f"define the machine {owner.name} on {self.uri}"):
-            return connection.defineXML(domain_xml(spec, host, on_host, second, network))
+            return connection.defineXML(domain_xml(spec, host, on_host, second, network, drive))
 
     def _boot(self, domain: Any, owner: Ownership) -> None:
         with trying(f"start the machine {owner.name} on {self.uri}"):
@@ -357,7 +358,7 @@ class LibvirtCloud(Cloud):
                     raise PermanentError(f"machine {owner.name} is running: its disk changes", next_command="pause it")
             taken, overlay = files.begin_snapshot(owner, operation, seen.state_disk.path)
             with trying(f"snapshot the state disk of {owner.name} on {self.uri}"):
-                domain.snapshotCreateXML(snapshot_xml(overlay), _SNAPSHOT)
+                domain.snapshotCreateXML(snapshot_xml(overlay, drive=seen.drive), _SNAPSHOT)
             return taken
 
     def snapshots(self, deployment: str) -> Sequence[DiskSnapshot]:

@@ -3,6 +3,7 @@
 Of a machine with key K (`Ownership.key`) and a snapshot operation hashed to O:
     K.owner.json         the claim: tags and fingerprint; first to come, last to go
     K.state.<format>     the fresh state disk
+    K.drive.iso          the config drive
     K.O.snapshot.json    the record of a snapshot: tags, operation, file
     K.O.top.qcow2        what the machine writes to since that snapshot
     K.attach.json        which snapshot the machine reads as its second disk
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cloudfit_orchestrator.clouds.base import DiskSnapshot, MachineSpec, Ownership
+from cloudfit_orchestrator.clouds.config_drive import iso_image
 from cloudfit_orchestrator.clouds.libvirt_cloud.domain import Disk
 from cloudfit_orchestrator.clouds.libvirt_cloud.storage import Storage
 from cloudfit_orchestrator.model.errors import BadInputError, PermanentError, RefusedError
@@ -87,6 +89,12 @@ class MachineFiles:
         name = f"{owner.key}.state.{self.storage.disk_format}"
         self.storage.make_disk(name, size_mib)
         return Disk(self.storage.path(name), self.storage.disk_format)
+
+    def drive(self, owner: Ownership, user_data: bytes) -> Disk:
+        """The machine's config drive."""
+        name = f"{owner.key}.drive.iso"
+        self.storage.write(name, iso_image(user_data))
+        return Disk(self.storage.path(name), "raw")
 
     def overlay(self, owner: Ownership, snapshot: DiskSnapshot) -> Disk:
         """A fresh throw-away overlay over the snapshot. PermanentError if the snapshot is gone."""

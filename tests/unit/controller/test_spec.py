@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from cloudfit_orchestrator.controller.placement import place
 from cloudfit_orchestrator.controller.spec import (
     SpecError,
     from_json,
     json_schema,
     parse_spec,
-    place,
     read_spec,
     to_json,
 )
@@ -237,3 +237,60 @@ def test_mistakes_in_an_openstack_cloud(old, new, said):
     assert old in OPENSTACK
     with pytest.raises(SpecError, match=said):
         parse_spec(OPENSTACK.replace(old, new, 1), "spec.yaml")
+
+
+NONE = """\
+apiVersion: cloudfit/v1
+group: g
+service: kv
+f: 1
+trust: none
+algorithm: pbft
+clouds:
+  - {name: a, openstack: {cloud: a, flavor: m, network: n}}
+  - {name: b, libvirt: {uri: "qemu+ssh://h/system"}}
+  - {name: c, process: {}}
+  - {name: d, process: {}}
+"""
+
+
+def test_trust_none_needs_no_agent_anywhere() -> None:
+    spec = parse_spec(NONE, "x")
+    assert (spec.trust, spec.n, {c.trust for c in spec.clouds}) == ("none", 4, {"none"})
+    assert from_json(to_json(spec)) == spec
+    assert "none" not in to_json(parse_spec(GOOD, "x"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "column", "message", "hint"),
+    [
+        ("pbft", "ebawa", 5, 8, "ebawa believes the counters of a wormhole", "algorithm: pbft"),
+        ("algorithm: pbft\n", "", 5, 8, "ebawa believes the counters of a wormhole", "algorithm: pbft"),
+        ("f: 1", "f: 0", 4, 4, "with f=0 a malicious cloud would have the group", "f: 1 or more"),
+        ("f: 1", "f: 1\nreplicas: 3", 5, 11, "3 replicas are too few for f=1, k=0", "3f+2k+1 = 4"),
+        (
+            "f: 1",
+            "f: 1\nplacement: {max_per_cloud: 2}",
+            5,
+            28,
+            "would have 2 replicas, more than f=1",
+            "max_per_cloud: f",
+        ),
+        ("network: n}", "network: n, agent: {}}", 8, 67, "has an agent, and trust: none uses none", "leave agent: out"),
+        (
+            "process: {}}",
+            "process: {}, agent: {socket: /s}}",
+            10,
+            35,
+            "has an agent, and trust: none",
+            "leave agent: out",
+        ),
+        ("trust: none", "trust: some", 5, 8, "trust: Input should be 'hypervisor' or 'none'", ""),
+        ("trust: none", "trust: hypervisor", 8, 26, "'a' has no agent: nobody measures", "trust: none with"),
+    ],
+)
+def test_what_trust_none_does_not_go_with(old: str, new: str, line: int, column: int, message: str, hint: str) -> None:
+    found = problems(NONE.replace(old, new, 1))
+    fitting = [p for p in found if message in p[2] and hint in p[3]]
+    assert fitting, found
+    assert fitting[0][:2] == (line, column)

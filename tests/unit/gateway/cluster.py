@@ -26,7 +26,8 @@ from cloudfit_orchestrator.model.record import (
     seal_record,
 )
 from cloudfit_orchestrator.model.signing import public_bytes
-from cloudfit_orchestrator.wormhole.agent import Admission, Agent, MachineRef
+from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
+from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
 from tests.unit.guest.helpers import until
 
@@ -48,7 +49,7 @@ class Cluster:
         self.parameters = Parameters(**parameters)
         self.home = Path(tempfile.mkdtemp(prefix="cf", dir="/tmp"))
         self.controller = Ed25519PrivateKey.generate()
-        self.agent = Agent(
+        self.agent = HostAgent(
             "a",
             Ed25519PrivateKey.generate(),
             controller_keys=[public_bytes(self.controller)],

@@ -17,9 +17,9 @@ from cloudfit_orchestrator.guest import crowd as module
 from cloudfit_orchestrator.guest import transport
 from cloudfit_orchestrator.guest.crowd import FILES_RESERVED, MAX_LINKS_PER_CLIENT, MIN_CLIENT_LINKS
 from cloudfit_orchestrator.guest.links import FRAMES_A_TURN, Link, SendQueue
-from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import MAX_HANDSHAKES
 from cloudfit_orchestrator.guest.turn import Turn
+from cloudfit_orchestrator.wormhole.tls import Credentials
 from tests.fuzz.fuzz_frames import Wire
 from tests.unit.guest.helpers import scenario, until
 from tests.unit.guest.test_transport import Node, client_of, dial, ends, nodes

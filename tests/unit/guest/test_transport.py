@@ -14,9 +14,9 @@ from cloudfit_orchestrator.bft.messages import MAX_CLIENT_FRAME, MAX_PEER_FRAME
 from cloudfit_orchestrator.gateway.identity import self_signed
 from cloudfit_orchestrator.guest.crowd import MAX_LINKS_PER_PEER
 from cloudfit_orchestrator.guest.links import SendQueue
-from cloudfit_orchestrator.guest.tls import Credentials
 from cloudfit_orchestrator.guest.transport import Transport
 from cloudfit_orchestrator.model.record import Client
+from cloudfit_orchestrator.wormhole.tls import Credentials
 from tests.unit.guest.fake_agent import Authority
 from tests.unit.guest.helpers import scenario, until
 

@@ -448,8 +448,8 @@ def test_another_machine_behind_the_same_channel_is_measured_again_and_gets_noth
                 raise verdict
             return Measured(uuid, "sha256:0", f"{w.folder}/r0-1", isolated=True)
 
-        monkeypatch.setattr("cloudfit_orchestrator.wormhole.agent.measure_libvirt", measure)
-        monkeypatch.setattr("cloudfit_orchestrator.wormhole.agent.measure_attached", measure)
+        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_libvirt", measure)
+        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_attached", measure)
         nothing = {"command_line": "", "verity_root": "", "parts": (), "packages": (), "lineage": "x"}
         manifest = seal_manifest(Manifest("x", Role.REPLICA, adversary=False, **nothing), w.image_key)
         guest = await w.admit(R0, machine=MachineRef("libvirt", uri="qemu:///system", uuid="u"), manifest=manifest)

@@ -35,8 +35,9 @@ from cloudfit_orchestrator.model.record import (
 )
 from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.model.statement import Kind
-from cloudfit_orchestrator.wormhole.agent import Admission, Agent, MachineRef
+from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
 from cloudfit_orchestrator.wormhole.guests import Guest, Table
+from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
 from cloudfit_orchestrator.wormhole.kss import ChannelCA, Lease
 from cloudfit_orchestrator.wormhole.requests import Desk
@@ -233,7 +234,7 @@ class World:
         self.controller = Ed25519PrivateKey.generate()
         self.image_key = Ed25519PrivateKey.generate()
         self.identity_key = Ed25519PrivateKey.generate()
-        self.agent = Agent(
+        self.agent = HostAgent(
             "a1",
             self.identity_key,
             controller_keys=[public_bytes(self.controller)],
