@@ -33,12 +33,12 @@ from cloudfit_orchestrator.testing.network import Network, Schedule
 from cloudfit_orchestrator.testing.plan import Changes, Plan, draw
 from cloudfit_orchestrator.testing.profiles import CALM, PROFILES
 from cloudfit_orchestrator.testing.troubles import Troubles
-from cloudfit_orchestrator.testing.workload import OnceService, SimClient
+from cloudfit_orchestrator.testing.workload import OnceService, SimClient, waiting_s
 from cloudfit_orchestrator.testing.wormhole import SimWormhole
 
 GROUP = "simulated"
 GENESIS_S = 10.0  # until the first configuration is ACTIVE
-LIVENESS_S = 90.0  # after the healing, until all clients have their answers: some doubled time-outs
+LIVENESS_S = 90.0  # after the healing, until all clients have their answers: some doubled time-outs; retries besides
 TRACE_LINES = 400  # kept for the report
 YOUNG_OBJECTS = 50_000  # made before Python looks for dead cycles: cores make few, and looking cost a tenth of a run
 MAX_EVENTS = 2_000_000  # of one run: a storm that goes on for ever is a failure, not a slow run
@@ -217,7 +217,9 @@ class Simulation:
         self._finish("answers to a last read of each key")
 
     def _finish(self, what: str) -> None:
-        deadline = self.schedule.now_s() + LIVENESS_S
+        left = max(client.left for client in self.clients.values())
+        within_s = LIVENESS_S + waiting_s(left, len(self.troubles.faulty) / len(self.group))
+        deadline = self.schedule.now_s() + within_s
 
         def done() -> bool:
             self.checks.sample()
@@ -229,7 +231,7 @@ class Simulation:
             status = {m.name: (m.replica.status if m.replica is not None else "off") for m in self.group}
             raise FailedError(
                 "liveness",
-                f"no {what} {LIVENESS_S:.0f} s after the healing: {self.checks.history.pending} operations are open, "
+                f"no {what} {within_s:.0f} s after the healing: {self.checks.history.pending} operations are open, "
                 f"reconfiguration {'hangs' if self.troubles.busy else 'is done'}; status {status}",
             )
 

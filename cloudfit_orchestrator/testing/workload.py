@@ -42,7 +42,17 @@ from cloudfit_orchestrator.testing.network import Schedule
 
 NAME_BYTES = 8
 RETRY_S = 0.6
+RETRY_SPREAD = 0.2  # of it, to both sides
+BUNDLE_SIZES = (1, 1, 1, 2, 3)
 MAX_RETRY_S = 4.0
+
+
+def waiting_s(operations: int, faulty: float) -> float:
+    """How long a client waits for its own retries until so many operations are answered, if that share of the members
+    is faulty: it asks one member first, and all others only when that one has not helped.
+    """
+    bundles = operations * len(BUNDLE_SIZES) / sum(BUNDLE_SIZES)
+    return bundles * faulty * RETRY_S * (1 + RETRY_SPREAD)
 
 
 class OnceService:
@@ -184,7 +194,7 @@ class SimClient:
             self._reach.schedule.after(self._rng.expovariate(1 / self._pause_s), self._next)
 
     def _next(self) -> None:
-        count = min(self.left, self._rng.choice([1, 1, 1, 2, 3]))
+        count = min(self.left, self._rng.choice(BUNDLE_SIZES))
         self.left -= count
         self._send([self._call() for _ in range(count)])
 
@@ -226,7 +236,7 @@ class SimClient:
                 waiting.retry_s = min(MAX_RETRY_S, 2 * waiting.retry_s)
                 self._plan_retry(waiting)
 
-        self._reach.schedule.after(waiting.retry_s * self._rng.uniform(0.8, 1.2), again)
+        self._reach.schedule.after(waiting.retry_s * self._rng.uniform(1 - RETRY_SPREAD, 1 + RETRY_SPREAD), again)
 
     def receive(self, replica: str, body: bytes) -> None:
         """A frame on the connection to `replica`; what is no correctly signed reply to an open request is nothing."""

@@ -84,7 +84,7 @@ def test_a_peer_that_hands_a_stream_out_drop_by_drop_is_not_left_alone_with_it()
 
 
 def test_votes_for_the_next_window_that_overtake_the_own_certificate_are_kept() -> None:
-    """Where the window is full again and again - always, with K = L = 1 - whoever had the certificate last threw the
+    """Where the window is full again and again (always, with K = L = 1), whoever had the certificate last threw the
     next proposal away, and then each slot took as long as it takes until one is repeated.
     """
     group = group_of(period=1, window=1)
