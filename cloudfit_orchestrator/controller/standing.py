@@ -71,8 +71,10 @@ class Standing:
                 return
             try:
                 agent.close_epoch(GuestRef(self._group, member.replica, member.incarnation), c)
-            except (NotAdmittedError, NoEpochError, UnknownError) as error:
+            except CloudfitError as error:
                 self._x.check_cancelled()
+                if not (agent.inside or isinstance(error, NotAdmittedError | NoEpochError | UnknownError)):
+                    raise
                 self._x.report(Progress(self._kind, "close", self._group, f"{member.replica}: {error.fact}"))
 
         each(self._x, members, close)
