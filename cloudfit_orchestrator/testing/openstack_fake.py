@@ -106,7 +106,7 @@ class FakeOpenStack(Objects):
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
-        # A client that does not like our certificate is no mistake of ours.
+        # A client that does not like our certificate says nothing.
         server.handle_error = lambda *_: None  # type: ignore[method-assign]
         if tls is not None:
             server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
