@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloudfit_orchestrator.clouds.state_disk import packed_single_disk
 from cloudfit_orchestrator.guest import init
 from cloudfit_orchestrator.launcher import verity
 from cloudfit_orchestrator.launcher.build import build_image
@@ -25,7 +24,6 @@ from cloudfit_orchestrator.launcher.recipe import RECIPES
 from cloudfit_orchestrator.launcher.sil import list_images, verify_image
 from cloudfit_orchestrator.launcher.tools import run
 from cloudfit_orchestrator.model.errors import BadError, PermanentError
-from cloudfit_orchestrator.model.one_disk import carried
 from cloudfit_orchestrator.model.signing import public_bytes
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -111,27 +109,13 @@ def command_line(image: Path) -> str:
     return json.loads(base64.b64decode(payload))["predicate"]["command_line"]
 
 
-def boot(
-    image: Path,
-    console: Path,
-    *,
-    until: str,
-    state: Path | None = None,
-    append: str | None = None,
-    disk: Path | None = None,
-    initramfs: Path | None = None,
-) -> str:
-    """Boot `image` as it is, without the SIL, until the console shows `until` or the machine ends; the console.
-
-    `disk`: a writable qcow2 instead of its root.
-    """
-    root = f"file={disk},format=qcow2" if disk else f"file={image / 'root.img'},format=raw,readonly=on"
+def boot(image: Path, console: Path, *, until: str, state: Path | None = None, append: str | None = None) -> str:
+    """Boot `image` as it is, without the SIL, until the console shows `until` or the machine ends; the console."""
     command = [
         "qemu-system-x86_64", "-accel", "tcg", "-M", "q35", "-cpu", "max", "-m", "256", "-nodefaults",
         "-display", "none", "-no-reboot", "-serial", f"file:{console}",
-        "-kernel", image / "vmlinuz", "-initrd", initramfs or image / "initramfs",
-        "-append", append or command_line(image),
-        "-drive", f"{root},if=virtio",
+        "-kernel", image / "vmlinuz", "-initrd", image / "initramfs", "-append", append or command_line(image),
+        "-drive", f"file={image / 'root.img'},format=raw,if=virtio,readonly=on",
         "-netdev", "user,id=n,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat", "-device", "virtio-net-pci,netdev=n",
         "-device", "virtio-serial-pci", "-chardev", "null,id=c",
         "-device", "virtserialport,chardev=c,name=org.cloudfit.wormhole.0",
@@ -178,26 +162,6 @@ def test_an_image_boots_into_its_entry_and_restarts_it(images, tmp_path):
         assert said["gateway"] == "['0202000A']"
         assert re.findall(r"^probe: refused (.*)$", text, re.MULTILINE) == ["nosuch0 ENODEV", "eth0 ENETUNREACH"]
         assert len(json.loads(said["ports"].replace("'", '"'))) == 1
-
-
-def test_an_image_runs_on_a_single_disk_and_reads_that_of_another(images, tmp_path):
-    """State behind the root; then a machine whose initramfs carries its root, on that disk with a root destroyed."""
-    disk = tmp_path / "disk"
-    with packed_single_disk(images.probe / "root.img", 32) as packed:
-        shutil.copyfile(packed, disk)
-    run("qemu-img", "resize", disk, "1G")  # as Nova does to the flavor's size
-    text = boot(images.probe, tmp_path / "first", until="probe: done", disk=disk)
-    assert "probe: state mounted\nprobe: boots 1\n" in text, text
-
-    run("qemu-io", "-c", "write -P 0xaa 0 4M", disk)
-    text = boot(images.probe, tmp_path / "spoilt", until="probe: done", disk=disk)
-    assert "probe" not in text, text
-    manifest = verify_image(images.probe, TRUSTED)
-    layout, carrier = carried(manifest), tmp_path / "carrier"
-    root, own = (images.probe / "root.img").read_bytes(), (images.probe / "initramfs").read_bytes()
-    carrier.write_bytes(layout.head + root + layout.tail + own)
-    text = boot(images.probe, tmp_path / "second", until="probe: done", disk=disk, initramfs=carrier)
-    assert "probe: state mounted\nprobe: boots 2\n" in text, text
 
 
 def test_a_device_that_comes_late_is_waited_for_by_the_kernel_s_announcement(tmp_path):
