@@ -35,10 +35,18 @@ def certificate(lab):  # noqa: F811
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "images")])
     now = dt.datetime.now(dt.UTC)
+    # Nova trusts by certificate authorities, so this one is its own.
+    may = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign", "encipher_only",
+         "decipher_only"), False,
+    )  # fmt: skip
+    usage = x509.KeyUsage(digital_signature=True, key_cert_sign=True, **may)
     made = (
         x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
         .serial_number(x509.random_serial_number()).not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1)).sign(key, hashes.SHA256())
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True).sign(key, hashes.SHA256())
     )  # fmt: skip
     identity = str(uuid.uuid4())
     keys = Lab(HOME).cloud(lab["name"]).keys
