@@ -145,8 +145,7 @@ class PbftOrdering(Ordering):
         if vote.g == self.e and vote.phase in tuple(Phase) and self.book.has(vote):
             self._take_batch(vote)
             return
-        statement = vote_statement(vote.phase, vote.g, vote.s, vote.digest)
-        if not self._genuine(vote.replica, statement, vote.signature):
+        if not self._genuine(vote.replica, vote_statement(vote.phase, vote.g, vote.s, vote.digest), vote.signature):
             raise BadError("vote is not its sender's")
         if vote.phase not in tuple(Phase) or (
             (vote.phase != Phase.COMMIT) and ((vote.replica == first) != (vote.phase == Phase.PRE_PREPARE))
