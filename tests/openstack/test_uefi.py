@@ -14,7 +14,8 @@ from cloudfit_orchestrator.launcher import boot_disk, uki
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.image import Part, Role, seal_manifest
 from cloudfit_orchestrator.model.signing import public_bytes
-from cloudfit_orchestrator.wormhole.agent import Admission, Agent, MachineRef
+from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
+from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
 from tests.openstack.test_driver import (  # noqa: F401  fixtures
     deployment,
@@ -66,7 +67,7 @@ def uefi_image(init, directory):
 async def admitting(machine, manifest):
     """An agent, and the order to admit `machine` to it."""
     key = Ed25519PrivateKey.generate()
-    agent = Agent("lab", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
+    agent = HostAgent("lab", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
     reference = MachineRef("libvirt", uri=machine.reference["uri"], uuid=machine.id)
     who, envelope = Identity("ledger", "r0", 1), seal_manifest(manifest, key)
     try:

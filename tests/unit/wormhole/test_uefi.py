@@ -16,7 +16,8 @@ from cloudfit_orchestrator.model.errors import BadError, PermanentError, Refused
 from cloudfit_orchestrator.model.image import Manifest, Part, Role, seal_manifest
 from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.wormhole import nova, uefi
-from cloudfit_orchestrator.wormhole.agent import Admission, Agent, MachineRef
+from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
+from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
 from tests.unit.wormhole.test_measure import UUID
 from tests.unit.wormhole.test_nova import NOVA, SERIAL, SYSINFO, URI, Host, until
@@ -309,7 +310,7 @@ def test_a_guest_that_is_started_again_is_lost_for_good(host, tmp_path, manifest
 
         listening = await asyncio.start_unix_server(guest, tmp_path / "channel")
         key = Ed25519PrivateKey.generate()
-        agent = Agent("a", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
+        agent = HostAgent("a", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
         who, machine = Identity("ledger", "r0", 1), MachineRef("libvirt", uri=URI, uuid=UUID)
         order = Admission(who, Role.REPLICA, machine, seal_manifest(manifest, key), False, 1000.0, {})  # noqa: FBT003
         try:
