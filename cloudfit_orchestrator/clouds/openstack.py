@@ -203,7 +203,12 @@ class OpenStackCloud(Cloud):
         return None if spec.attach is None else str(self.volumes.ensure_overlay(owner, spec.attach)["id"])
 
     def _one_disk(self, spec: MachineSpec) -> str:
-        """The image of a machine's only disk."""
+        """The image of a machine's only disk. PermanentError where that would have to boot by UEFI."""
+        if self.place.boot == "uefi":
+            raise PermanentError(
+                f"{self.api.name}: with state on the machine's own disk it cannot boot by UEFI",
+                next_command="boot: kernel in the spec, or state: volume",
+            )
         if spec.state_disk is not None:
             return self.images.ensure_single(spec, spec.state_disk.size_mib)
         if spec.attach is None:

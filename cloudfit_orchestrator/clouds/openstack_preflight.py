@@ -293,6 +293,8 @@ class Preflight:
         if demand.no_disk:
             text = f"images without a disk that UEFI boots: {', '.join(demand.no_disk)}"
             uefi.append((text, f"cloudfit image build {' '.join(demand.no_disk)}"))
+        if self._single:
+            uefi.append(("with state on the machine's own disk there is no disk that UEFI boots", "state: volume"))
         asked, other = (uefi, kernel) if self._place.boot == "uefi" else (kernel, uefi)
         instead = "" if other else f", or boot: {'kernel' if self._place.boot == 'uefi' else 'uefi'} in the spec"
         if asked:

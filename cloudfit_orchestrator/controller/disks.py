@@ -2,7 +2,7 @@
 
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Context
-from cloudfit_orchestrator.model.errors import UnknownError
+from cloudfit_orchestrator.model.errors import BadError, UnknownError
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 
 MAX_PAGES = 64  # of reports; an agent keeps 1 MiB a guest, and gives 1 MiB a page
@@ -29,8 +29,8 @@ def disks(context: Context, spec: GroupSpec) -> dict[Guest, str]:
                 if following == since or not reports:
                     break
                 since = following
-        except UnknownError:
-            pass  # who does not answer is unknown on the axis of reachability
+        except (BadError, UnknownError):
+            pass  # who does not answer, or is another, is unknown on the axis of reachability
         return found
 
     return {guest: state for some in each(context, clouds, on_cloud).values() for guest, state in some.items()}

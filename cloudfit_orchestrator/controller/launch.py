@@ -126,7 +126,7 @@ def launch(
         lease_s=spec.recovery.lease_s,
         welcome=welcome,
     )
-    certificate = _check_launch(agent, row, image, launch_envelope)
+    certificate = _check_launch(agent, cloud, row, image, launch_envelope)
     context.journal.machine_admitted(row, base64.b64encode(launch_envelope).decode())
     seen = "is measured and admitted" if certificate.measured else "has its drive, nobody measured it,"
     say = f"{row.peer_id} {seen} on {cloud.name}"
@@ -236,9 +236,10 @@ def unmake(context: Context, cloud: CloudSpec, row: MachineRow) -> None:
     driver.sweep(deployment, [o for o in left if o.owner is not None and o.owner.identity == owner.identity])
 
 
-def _check_launch(agent: Agent, row: MachineRow, image: Image, envelope: bytes) -> LaunchCertificate:
+def _check_launch(agent: Agent, cloud: CloudSpec, row: MachineRow, image: Image, envelope: bytes) -> LaunchCertificate:
     """The certificate must be this agent's, of this incarnation, over this image: else the record would lie."""
-    key = agent.key_of(GuestRef(row.group, row.replica, row.incarnation))
+    enrolled = base64.b64decode(cloud.agent_key, validate=True)
+    key = enrolled or agent.key_of(GuestRef(row.group, row.replica, row.incarnation))
     certificate = open_launch(envelope, [key])
     expected = (row.group, row.replica, row.incarnation, row.role, image.digest, key_id(key))
     got = (certificate.group, certificate.replica, certificate.incarnation, certificate.role.value)

@@ -28,7 +28,7 @@ from cloudfit_orchestrator.controller.ports import Agent, Context, Image, Progre
 from cloudfit_orchestrator.controller.secrets import GuestSecrets
 from cloudfit_orchestrator.launcher.sil import find_image, verify_image
 from cloudfit_orchestrator.model.envelope import MAX_ENVELOPE_BYTES
-from cloudfit_orchestrator.model.errors import PermanentError, TemporaryError, UnknownError
+from cloudfit_orchestrator.model.errors import BadError, PermanentError, TemporaryError, UnknownError
 from cloudfit_orchestrator.model.image import Manifest, Role, manifest_digest
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
 from cloudfit_orchestrator.model.signing import public_bytes
@@ -81,8 +81,7 @@ class LocalSites:
                 self._agents[spec.name] = client
         if spec.local and not spec.agent_socket and start:
             start_agent(self._home, spec.name, client)
-        else:
-            client.status()  # one that does not answer is unknown here and now, not at some later call
+        check_key(spec, client.status())  # one that does not answer is unknown here and now, not at some later call
         return client
 
     def _newest_records(self, group: str) -> list[tuple[ConfigRecord, bytes]]:
@@ -135,6 +134,16 @@ class LocalSites:
             ssh.close()
         for cloud in self._clouds.values():
             cloud.close()
+
+
+def check_key(spec: CloudSpec, status: dict[str, Any]) -> None:
+    """Raise BadError if an agent's `status` names another key than the one that the spec says is enrolled."""
+    if spec.agent_key and status.get("key") != spec.agent_key:
+        raise BadError(
+            f"cloud {spec.name}: the agent that answers has the key {status.get('key')!s:.64}, "
+            f"and {spec.agent_key} is enrolled",
+            next_command="find out who answers there; if its host was installed anew, enrol it, key and all",
+        )
 
 
 def routed_networks(table: Path = _ROUTES) -> list[str]:

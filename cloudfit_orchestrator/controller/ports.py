@@ -81,7 +81,9 @@ class Sites(Protocol):
         ...
 
     def agent(self, spec: CloudSpec, *, start: bool) -> Agent:
-        """Its agent; a local one is started if `start`. Raises UnknownError if there is none that answers."""
+        """Its agent; a local one is started if `start`. Raises UnknownError if there is none that answers, and BadError
+        if the one that does has another key than the spec says.
+        """
         ...
 
     def stop_agent(self, spec: CloudSpec) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cloudfit_orchestrator.clouds.base import Demand, Finding
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import RECOVERY_IMAGE, Context, Image
-from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, UnknownError
+from cloudfit_orchestrator.model.errors import BadError, CloudfitError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec
 
 
@@ -78,7 +78,7 @@ def _agent(context: Context, cloud: CloudSpec) -> list[Finding]:
         return []
     try:
         context.sites.agent(cloud, start=False)
-    except UnknownError as error:
+    except (BadError, UnknownError) as error:
         return [Finding("agent", "fail", error.fact, error.next_command)]
     return [Finding("agent", "ok", f"answers at {cloud.agent_socket}")]
 

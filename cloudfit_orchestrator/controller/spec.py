@@ -74,6 +74,10 @@ class _Process(_Strict):
     pass
 
 
+# 32 bytes in base64, as `cloudfit-agent` says and enrolment writes them.
+_PublicKey = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=)?$")]
+
+
 class _HostAgent(_Strict):
     """The agent on an OpenStack cloud's compute host."""
 
@@ -86,6 +90,7 @@ class _HostAgent(_Strict):
             pattern=r"^(qemu:///(system|session)|test:///default|qemu\+unix:///system\?socket=/[^\s&#]+)$"
         ),
     ] = "qemu:///system"
+    key: _PublicKey = ""
 
 
 _Label = Annotated[str, StringConstraints(pattern=r"^[^\s/][^/\n]{0,254}$")]
@@ -107,6 +112,7 @@ class _OpenStack(_Strict):
 
 class _Agent(_Strict):
     socket: Annotated[str, StringConstraints(pattern=r"^/[^\s]{1,106}$")]
+    key: _PublicKey = ""
 
 
 class _Cloud(_Strict):
@@ -437,7 +443,8 @@ def _cloud_spec(c: _Cloud) -> CloudSpec:
         return replace(_openstack_spec(c.name, c.openstack), reserve=c.reserve)
     driver = "libvirt" if c.libvirt else "process"
     uri, network = (c.libvirt.uri, c.libvirt.network) if c.libvirt else ("", "")
-    return CloudSpec(c.name, driver, uri, network, c.agent.socket if c.agent else "", reserve=c.reserve)
+    socket, key = (c.agent.socket, c.agent.key) if c.agent else ("", "")
+    return CloudSpec(c.name, driver, uri, network, socket, agent_key=key, reserve=c.reserve)
 
 
 def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:
@@ -460,7 +467,7 @@ def _openstack_spec(name: str, o: _OpenStack) -> CloudSpec:
         signing_key=signature.key if signature else "",
     )
     uri = f"openstack+ssh://{agent.ssh}" if agent.ssh else "openstack:"
-    return CloudSpec(name, "openstack", uri, "", agent.socket, place)
+    return CloudSpec(name, "openstack", uri, "", agent.socket, place, agent.key)
 
 
 def _cloud_from_json(doc: dict[str, Any]) -> CloudSpec:

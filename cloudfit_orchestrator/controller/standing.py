@@ -8,7 +8,7 @@ from cloudfit_orchestrator.controller.configure import Seat
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Agent, Context, Progress
 from cloudfit_orchestrator.controller.survey import known_to
-from cloudfit_orchestrator.model.errors import CloudfitError, PermanentError, UnknownError
+from cloudfit_orchestrator.model.errors import BadError, CloudfitError, PermanentError, UnknownError
 from cloudfit_orchestrator.model.record import ConfigRecord, Member, Status, open_record
 from cloudfit_orchestrator.model.spec import CloudSpec
 
@@ -35,7 +35,7 @@ class Standing:
                 agent = self._x.sites.agent(self._clouds[member.cloud], start=False)
                 known = known_to(agent.status(), self._group, member) is not None
                 self._agents[member.replica] = agent if known else None
-            except UnknownError:
+            except (BadError, UnknownError):  # one with another key than the enrolled one holds nothing of the member
                 self._agents[member.replica] = None
         return self._agents[member.replica]
 

@@ -7,7 +7,7 @@ from cloudfit_orchestrator.controller.journal import MachineRow
 from cloudfit_orchestrator.controller.launch import ownership
 from cloudfit_orchestrator.controller.parallel import each
 from cloudfit_orchestrator.controller.ports import Context
-from cloudfit_orchestrator.model.errors import CloudfitError, UnknownError
+from cloudfit_orchestrator.model.errors import BadError, CloudfitError, UnknownError
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.spec import CloudSpec, GroupSpec, Trust
 from cloudfit_orchestrator.recovery.budget import Condition
@@ -54,7 +54,7 @@ def look(context: Context, spec: GroupSpec, record: ConfigRecord | None) -> list
     def on_cloud(cloud: CloudSpec) -> list[Seen]:
         try:
             status: dict[str, Any] | None = context.sites.agent(cloud, start=False).status()
-        except UnknownError:
+        except (BadError, UnknownError):  # of an agent with another key than the enrolled one nothing is believed
             status = None
         return [_see(context, cloud, row, record, status) for row in rows if row.cloud == cloud.name]
 

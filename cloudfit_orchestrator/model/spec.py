@@ -45,6 +45,7 @@ class CloudSpec:
     network: str = ""  # CIDR for this deployment's network in that cloud; empty: a free one is chosen
     agent_socket: str = ""  # of a running agent on that host; empty: the controller runs one itself (local clouds only)
     openstack: OpenStackPlace | None = None
+    agent_key: str = ""  # the agent's enrolled public key, raw Ed25519 in base64; empty: whichever it says is its own
     reserve: bool = False  # holds no replica until it takes over those of a cloud that is lost
     trust: Trust = Trust.HYPERVISOR  # of the whole group
 

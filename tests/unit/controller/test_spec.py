@@ -1,3 +1,4 @@
+import base64
 import json
 from pathlib import Path
 
@@ -231,6 +232,7 @@ def test_an_openstack_cloud_goes_through_the_journal():
         (", key: images.pem", "", "signature.key is missing"),
         ("key: images.pem", "key: /etc/key", "signature.key: has not the right form"),
         ("certificate: 0b9c", "certificate: 0b9", "signature.certificate: has not the right form"),
+        ("agent: {}", "agent: {key: short}", "openstack.agent.key: has not the right form"),
     ],
 )
 def test_mistakes_in_an_openstack_cloud(old, new, said):
@@ -294,3 +296,15 @@ def test_what_trust_none_does_not_go_with(old: str, new: str, line: int, column:
     fitting = [p for p in found if message in p[2] and hint in p[3]]
     assert fitting, found
     assert fitting[0][:2] == (line, column)
+
+
+def test_the_enrolled_key_of_an_agent_goes_through_the_journal():
+    key = base64.b64encode(bytes(range(32))).decode()
+    spec = parse_spec(
+        OPENSTACK.replace("agent.sock}", f"agent.sock, key: {key}}}").replace(
+            "  - {name: ulm, process: {}}", f"  - {{name: ulm, process: {{}}, agent: {{socket: /run/a, key: {key}}}}}"
+        ),
+        "spec.yaml",
+    )
+    assert [cloud.agent_key for cloud in spec.clouds] == ["", key, key]
+    assert from_json(to_json(spec)) == spec
