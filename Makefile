@@ -11,13 +11,14 @@ TARGETS := answers channel control core disk envelopes frames messages spec
 .DEFAULT_GOAL := help
 # One after the other: the linters before the tests, the quick tests before the machines.
 .NOTPARALLEL:
-.PHONY: help setup python demo demo-openstack test lint unit fuzz model vm openstack-lab openstack-lab-down test-openstack test-openstack-faults \
+.PHONY: help setup python demo demo-openstack test lint unit fuzz model vm vm-long openstack-lab openstack-lab-down test-openstack test-openstack-faults \
 	test-ansible clean
 
 help:
 	@echo 'make demo    the whole story on real machines, then a summary'
 	@echo 'make test    linters, types, unit tests, simulation, tests on real machines'
 	@echo 'make lint | unit | vm    the parts of make test'
+	@echo 'make vm-long             four real machines that trust no host: minutes of boot on a small machine'
 	@echo 'make model   check the models of the protocol (TRAIL=setting: show one and its violation)'
 	@echo 'make openstack-lab       two real OpenStack clouds on this machine (CLOUDS="lisbon passau scale", LAB=directory)'
 	@echo 'make demo-openstack      the story of make demo over both of them and the local libvirt'
@@ -46,7 +47,7 @@ lint: python
 	$(BIN)/lint-imports
 
 unit: python
-	$(BIN)/pytest -n $(JOBS) -m 'not vm and not image and not openstack and not ansible'
+	$(BIN)/pytest -n $(JOBS) -m 'not vm and not image and not openstack and not ansible and not long'
 
 fuzz: python
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet -e '.[fuzz]'
@@ -57,6 +58,9 @@ model: python
 
 vm: setup
 	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m 'vm or image'
+
+vm-long: setup
+	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m long
 
 # Packages for it come by apt at the first time: minutes. `$(LAB_COMMAND) status` says what runs, `purge` removes it.
 CLOUDS := lisbon passau

@@ -12,7 +12,7 @@ import pytest
 from cloudfit_orchestrator.cli.output import EXIT_CHANGES_PENDING
 from tests.user import CLOUDFIT, User
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 GROUP = "nonevm"
 CLOUDS = ("lisbon", "passau", "ulm", "graz")
