@@ -46,7 +46,7 @@ from cloudfit_orchestrator.clouds.openstack_tags import (
     owner_of_label,
 )
 from cloudfit_orchestrator.clouds.openstack_volumes import FORMAT as VOLUME_SNAPSHOT
-from cloudfit_orchestrator.clouds.openstack_volumes import OVERLAY, STATE, Volumes
+from cloudfit_orchestrator.clouds.openstack_volumes import OVERLAY, STATE, Volumes, gib
 from cloudfit_orchestrator.model.errors import CloudfitError, LockedOutError, PermanentError, RefusedError
 from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.one_disk import single_disk_mib
@@ -198,7 +198,7 @@ class OpenStackCloud(Cloud):
         owner = spec.owner
         if spec.state_disk is not None:
             size_mib = spec.state_disk.size_mib
-            empty = self.images.ensure_state(owner.deployment, max(1, -(-size_mib // 1024)))
+            empty = self.images.ensure_state(owner.deployment, gib(size_mib))
             return str(self.volumes.ensure_state(owner, size_mib, empty)["id"])
         return None if spec.attach is None else str(self.volumes.ensure_overlay(owner, spec.attach)["id"])
 

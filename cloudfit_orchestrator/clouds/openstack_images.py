@@ -20,6 +20,7 @@ from cloudfit_orchestrator.clouds import image_signature
 from cloudfit_orchestrator.clouds.base import MachineSpec
 from cloudfit_orchestrator.clouds.openstack_api import Api, BusyError, UnclearError
 from cloudfit_orchestrator.clouds.openstack_tags import KIND, PREFIX, deployment_tag, fresh_id
+from cloudfit_orchestrator.clouds.openstack_volumes import gib
 from cloudfit_orchestrator.clouds.state_disk import packed_single_disk, packed_state_disk, reporting
 from cloudfit_orchestrator.model.errors import BadError, PermanentError, RefusedError, TemporaryError
 from cloudfit_orchestrator.model.image import Manifest
@@ -176,8 +177,8 @@ class Images:
         root = self._root(spec)
         digest = hashlib.sha256(f"{root.digest} {state_mib}".encode()).hexdigest()
         name = f"{deployment}-{manifest.name}-{SINGLE}-{digest[:16]}"
-        gib = -(-single_disk_mib(state_mib) // 1024)
-        wanted = _Wanted(name, SINGLE, digest, manifest.name, None, (), root.properties, min_disk=gib)
+        size_gib = gib(single_disk_mib(state_mib))
+        wanted = _Wanted(name, SINGLE, digest, manifest.name, None, (), root.properties, min_disk=size_gib)
         found = self._find(deployment, wanted)
         if found is not None and found.get("status") == "active" and self._as_made(found, wanted):
             return str(found["id"])

@@ -15,7 +15,7 @@ import yaml
 from cloudfit_orchestrator.controller.journal import Journal
 from cloudfit_orchestrator.testing.openstack_proxy import Proxy
 from tests.openstack.lab.layout import DEFAULT_HOME, Lab
-from tests.openstack.test_driver import everything
+from tests.openstack.machines import everything
 from tests.user import User
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]

@@ -1,35 +1,20 @@
 """The OpenStack driver on real clouds (make openstack-lab): a machine's life, its recovery, and nothing left of it."""
 
-import contextlib
-import fcntl
-import json
 import os
-import re
-import time
-from pathlib import Path
 
-import openstack
 import pytest
 import yaml
-from openstack.connection import Connection
 
-from cloudfit_orchestrator.clouds.base import MachineSpec, MachineState, NetworkSpec, Ownership, StateDisk
-from cloudfit_orchestrator.clouds.openstack import OpenStackCloud
-from cloudfit_orchestrator.clouds.openstack_api import Api
+from cloudfit_orchestrator.clouds.base import MachineState
 from cloudfit_orchestrator.controller.ports import REPLICA_PORT
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, TemporaryError
-from cloudfit_orchestrator.model.image import Role
-from cloudfit_orchestrator.model.spec import OpenStackPlace
 from cloudfit_orchestrator.testing.openstack_proxy import Fault, Proxy
-from tests.openstack.lab.layout import DEFAULT_CLOUDS, DEFAULT_HOME
+from tests.openstack.machines import GREETING, driving, greetings, listing, owner, spec_for
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 
-HOME = Path(os.environ.get("CLOUDFIT_LAB", DEFAULT_HOME))
-GREETING, BOOTED = "DRIVER-GUEST", "DRIVER-KERNEL"
-BOOT_TIMEOUT_S = 180.0
-READ_TIMEOUT_S = 30.0  # a call of the lab's takes seconds at worst; what stalls is given up after this
+BOOTED = "DRIVER-KERNEL"
 # Mounts the state disk, counts its starts there, and says what it sees.
 GUEST = f"""#!/bin/sh
 /bin/busybox --install -s /bin
@@ -47,104 +32,9 @@ while true; do sleep 1000; done
 
 
 @pytest.fixture(scope="session")
-def told():
-    if not (HOME / "state.json").exists():
-        pytest.fail(f"no lab in {HOME}; run: make openstack-lab")
-    return json.loads((HOME / "state.json").read_text())
-
-
-@pytest.fixture(params=DEFAULT_CLOUDS)
-def lab(request, told):
-    return told["clouds"][request.param] | {"name": request.param, "clouds_yaml": Path(told["clouds_yaml"])}
-
-
-@pytest.fixture(scope="session")
 def image():
     directory = tiny_image(GUEST)
     return directory, tiny_manifest(directory)
-
-
-def place_of(lab, **changes):
-    known = {
-        "cloud": lab["name"],
-        "region": lab["region"],
-        "flavor": "cloudfit.tiny",
-        "network": lab["network"]["name"],
-        "availability_zone": lab["availability_zone"],
-        "volume_type": lab["volume_type"],
-        "hypervisor": lab["libvirt_uri"],
-    }
-    return OpenStackPlace(**known | changes)
-
-
-def driving(lab, directory, clouds_yaml=None, **changes):
-    place = place_of(lab, **changes)
-    api = Api(place.cloud, place.region, files=[clouds_yaml or lab["clouds_yaml"]], read_timeout_s=READ_TIMEOUT_S)
-    return OpenStackCloud(home=directory, place=place, api=api)
-
-
-@contextlib.contextmanager
-def listing(lab, account):
-    config = openstack.config.OpenStackConfig(config_files=[str(lab["clouds_yaml"])])
-    connection = Connection(config=config.get_one(cloud=account))
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def everything(lab):
-    """(kind, id) of all that the operator's project has."""
-    with listing(lab, lab["name"]) as c:
-        mine = {"project_id": c.current_project_id}
-        found = {
-            "servers": c.compute.servers(),
-            "server groups": c.compute.server_groups(),
-            "images": (
-                i
-                for hidden in (False, True)
-                for i in c.image.images(is_hidden=hidden)
-                if i.owner_id == c.current_project_id
-            ),
-            "ports": c.network.ports(**mine),
-            "security groups": c.network.security_groups(**mine),
-            "rules": c.network.security_group_rules(**mine),
-            "volumes": c.block_storage.volumes(),
-            "snapshots": c.block_storage.snapshots(),
-        }
-        return {(kind, o.id) for kind, objects in found.items() for o in objects}
-
-
-@pytest.fixture
-def deployment(lab):
-    """A name of this test's own; afterwards the project has what it had before. One test a cloud at a time."""
-    with (HOME / f"{lab['name']}.test-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = everything(lab)
-        yield f"t{os.urandom(4).hex()}"
-        assert everything(lab) == before
-
-
-def owner(deployment, incarnation, operation, replica="r0"):
-    return Ownership(deployment, "ledger", replica, incarnation, Role.REPLICA, operation)
-
-
-def spec_for(cloud, lab, image, who, *, disk=True, **changes):
-    directory, manifest = image
-    address = cloud.reserve_address(who.deployment, who.group, who.replica, who.role, who.operation)
-    network = NetworkSpec("replicas", address, 24, lab["network"]["gateway"])
-    state = StateDisk(256) if disk else None
-    return MachineSpec(who, directory, manifest, 128, 1, network, state, **changes)
-
-
-def greetings(lab, machine, count=1, word=GREETING):
-    """What the guest said on its console behind `word`, once it has said it `count` times."""
-    log = Path(lab["instances"], machine.id, "console.log")
-    deadline = time.monotonic() + BOOT_TIMEOUT_S
-    while len(found := re.findall(rf"{word} (.*)", log.read_text(errors="replace") if log.exists() else "")) < count:
-        assert time.monotonic() < deadline, f"{machine.owner.name} said nothing within {BOOT_TIMEOUT_S:.0f} s"
-        time.sleep(0.5)
-    return found
 
 
 def test_a_machine_and_its_recovery(lab, tmp_path, image, deployment):

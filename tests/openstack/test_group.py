@@ -12,7 +12,7 @@ import pytest
 
 from cloudfit_orchestrator.controller.home import default_home
 from tests.openstack.lab.layout import DEFAULT_CLOUDS, DEFAULT_HOME, Lab
-from tests.openstack.test_driver import everything
+from tests.openstack.machines import everything
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 

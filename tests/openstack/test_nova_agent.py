@@ -12,15 +12,7 @@ from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
 from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
-from tests.openstack.test_driver import (  # noqa: F401  fixtures
-    deployment,
-    driving,
-    lab,
-    listing,
-    owner,
-    spec_for,
-    told,
-)
+from tests.openstack.machines import driving, listing, owner, spec_for
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
@@ -50,7 +42,7 @@ async def until(what):
     return found
 
 
-def test_a_server_is_admitted_and_after_a_hard_reboot_attached_again(lab, tmp_path, deployment):  # noqa: F811
+def test_a_server_is_admitted_and_after_a_hard_reboot_attached_again(lab, tmp_path, deployment):
     directory = tiny_image(GUEST)
     manifest = tiny_manifest(directory)
     verity = replace(manifest.part("root"), name="verity")  # the tiny guest has none, and reads no disk

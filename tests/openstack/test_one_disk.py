@@ -13,7 +13,7 @@ from cloudfit_orchestrator.model.errors import BadError, RefusedError
 from cloudfit_orchestrator.model.image import Part, Role
 from cloudfit_orchestrator.model.one_disk import STATE_ARGUMENT, STATE_OFFSET_MIB
 from cloudfit_orchestrator.wormhole.nova import measure_attached
-from tests.openstack.test_driver import deployment, driving, greetings, lab, owner, spec_for, told  # noqa: F401
+from tests.openstack.machines import driving, greetings, owner, spec_for
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
@@ -52,7 +52,7 @@ def images():
     return (directory, replica), (directory, recovery)
 
 
-def test_a_machine_and_its_recovery(lab, tmp_path, images, deployment):  # noqa: F811
+def test_a_machine_and_its_recovery(lab, tmp_path, images, deployment):
     image, recovery = images
     hidden = yaml.safe_load(lab["clouds_yaml"].read_text())
     hidden["clouds"][lab["name"]]["has_block_storage"] = False

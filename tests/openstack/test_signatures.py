@@ -11,26 +11,15 @@ from cryptography.x509.oid import NameOID
 
 from cloudfit_orchestrator.model.errors import PermanentError
 from tests.openstack.lab.layout import Lab
-from tests.openstack.test_driver import (  # noqa: F401  fixtures
-    GREETING,
-    GUEST,
-    HOME,
-    deployment,
-    driving,
-    greetings,
-    lab,
-    listing,
-    owner,
-    spec_for,
-    told,
-)
+from tests.openstack.machines import GREETING, HOME, driving, greetings, listing, owner, spec_for
+from tests.openstack.test_driver import GUEST
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
-def certificate(lab):  # noqa: F811
+def certificate(lab):
     """(UUID, key): a certificate in the cloud's key manager, and the key that belongs to it."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "images")])
@@ -65,7 +54,7 @@ def write_key(directory, key):
     path.write_bytes(key.private_bytes(*form))
 
 
-def test_what_is_signed_is_taken_and_booted(lab, tmp_path, deployment, certificate):  # noqa: F811
+def test_what_is_signed_is_taken_and_booted(lab, tmp_path, deployment, certificate):
     write_key(tmp_path, certificate[1])
     directory = tiny_image(GUEST)
     with (
@@ -103,7 +92,7 @@ def _nova_boots(c, image, trusted, status):
         c.compute.wait_for_delete(made, wait=300)
 
 
-def test_what_another_key_signed_is_refused_by_glance(lab, tmp_path, deployment, certificate):  # noqa: F811
+def test_what_another_key_signed_is_refused_by_glance(lab, tmp_path, deployment, certificate):
     write_key(tmp_path, rsa.generate_private_key(public_exponent=65537, key_size=2048))
     directory = tiny_image(GUEST)
     with driving(lab, tmp_path, certificate=certificate[0], signing_key="images.pem") as cloud:

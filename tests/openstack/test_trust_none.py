@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.openstack.lab.layout import DEFAULT_CLOUDS, DEFAULT_HOME, Lab
-from tests.openstack.test_driver import everything
+from tests.openstack.machines import everything
 from tests.user import User
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(2700)]

@@ -17,16 +17,7 @@ from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
 from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
-from tests.openstack.test_driver import (  # noqa: F401  fixtures
-    deployment,
-    driving,
-    greetings,
-    lab,
-    listing,
-    owner,
-    spec_for,
-    told,
-)
+from tests.openstack.machines import driving, greetings, listing, owner, spec_for
 from tests.openstack.test_nova_agent import GUEST, until
 from tests.vm.tiny_guest import extract_package, tiny_image, tiny_manifest
 
@@ -85,7 +76,7 @@ def domain_of(machine):
         connection.close()
 
 
-def test_a_server_is_admitted_and_served_for_its_first_start_only(lab, tmp_path, deployment):  # noqa: F811
+def test_a_server_is_admitted_and_served_for_its_first_start_only(lab, tmp_path, deployment):
     image = uefi_image(GUEST, tmp_path)
     with driving(lab, tmp_path, **BY_UEFI) as cloud, listing(lab, lab["name"]) as c:
         machine = cloud.create(spec_for(cloud, lab, image, owner(deployment, 1, "op1"), disk=False))
@@ -119,7 +110,7 @@ async def _serve_once(c, machine, manifest):
         assert "was started again" in status()["lost"]
 
 
-def test_a_disk_that_was_written_over_is_not_admitted(lab, tmp_path, deployment):  # noqa: F811
+def test_a_disk_that_was_written_over_is_not_admitted(lab, tmp_path, deployment):
     spoil = f"dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync && echo {WROTE} here >/dev/ttyS0\nwhile true"
     image = uefi_image(GUEST.replace("while true", spoil, 1), tmp_path)
     with driving(lab, tmp_path, **BY_UEFI) as cloud:
