@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -125,6 +126,7 @@ class Worker:
             )
         self.pid = self._process.pid
         self._buffer = b""
+        self._asking = threading.Lock()
         self.tell(first)
 
     def __enter__(self) -> Self:
@@ -152,6 +154,15 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise self._ended() from error
+
+    def ask(self, order: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Give it one object, and return its answer to that one: threads that ask at once wait for each other.
+
+        Raises UnknownError as `tell` and `answer` do.
+        """
+        with self._asking:
+            self.tell(order)
+            return self.answer(timeout_s)
 
     def answer(self, timeout_s: float) -> dict[str, Any]:
         """Its next object. Raises UnknownError if it ends or says nothing in time."""

@@ -157,5 +157,4 @@ class Proxies:
 
 def launch_target(proxy: Worker, replica: str, address: str) -> None:
     """Tell the proxy where a replica really listens. Raises UnknownError if it does not take it."""
-    proxy.tell({"targets": {replica: address}})
-    proxy.answer(PROXY_S)
+    proxy.ask({"targets": {replica: address}}, PROXY_S)

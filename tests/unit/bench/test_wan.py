@@ -1,5 +1,6 @@
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -93,3 +94,17 @@ def test_proxy_hangs_up_where_it_knows_no_target() -> None:
         (address,) = proxies.replicas["r0"].values()
         with socket.create_connection((LOOPBACK, int(address.rpartition(":")[2])), timeout=10) as near:
             assert near.recv(1) == b""
+
+
+def test_replicas_that_are_launched_at_once_all_reach_the_proxy() -> None:
+    wan = Wan.parse("a-b:1ms", 2)
+    proxies = Proxies(wan, free_ports(Proxies.ports_needed(wan)))
+    with (
+        Worker("proxy", "cloudfit_orchestrator.bench.proxy", {"routes": proxies.routes}) as proxy,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        assert proxy.answer(30) == {"ready": True}
+        for _ in range(300):  # the last of three is the one whose answer another may have taken
+            told = [pool.submit(launch_target, proxy, f"r{n}", f"{LOOPBACK}:{9000 + n}") for n in range(3)]
+            for one in told:
+                one.result()
