@@ -23,7 +23,7 @@ from cloudfit_orchestrator.wormhole.agent import Admission, Agent, MachineRef
 from cloudfit_orchestrator.wormhole.guests import Guest
 from cloudfit_orchestrator.wormhole.kss import ChannelCA, Lease
 from cloudfit_orchestrator.wormhole.measure import NO_IMAGE, Measured, measure_libvirt, measure_process
-from cloudfit_orchestrator.wormhole.nova import Watch, find_channel, measure_attached
+from cloudfit_orchestrator.wormhole.nova import GONE_S, Watch, find_channel, measure_attached
 
 MAX_MEASURING = 2  # at a time: each reads a whole image
 
@@ -42,12 +42,13 @@ class HostAgent(Agent):
         image_keys: list[bytes],
         clock: Clock | None = None,
         bucket: tuple[float, float] | None = None,
+        gone_s: float = GONE_S,
     ) -> None:
-        """`bucket`: rate in tokens a second and burst of each guest, for tests."""
+        """`bucket`: rate in tokens a second and burst of each guest; `gone_s`: of `Watch`. Both for tests."""
         super().__init__(name, identity_key, controller_keys=controller_keys, clock=clock, bucket=bucket)
         self._image_keys = image_keys
         self._measuring = asyncio.Semaphore(MAX_MEASURING)
-        self._watch = Watch()
+        self._watch = Watch(gone_s=gone_s)
 
     async def admit(self, order: Admission) -> bytes:
         """The launch certificate's envelope. Raises BadError if the image or the machine is not what is signed."""

@@ -1,6 +1,7 @@
 """The wormhole agent on a real Nova compute host (make openstack-lab): its channel in a server that Nova made."""
 
 import asyncio
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,17 @@ from cloudfit_orchestrator.model.signing import public_bytes
 from cloudfit_orchestrator.wormhole.agent import Admission, MachineRef
 from cloudfit_orchestrator.wormhole.host import HostAgent
 from cloudfit_orchestrator.wormhole.identity import Identity
-from tests.openstack.machines import driving, listing, owner, spec_for
+from tests.openstack.lab.hosts import compute, spare_host
+from tests.openstack.lab.layout import DEFAULT_CLOUDS, Lab
+from tests.openstack.lab.processes import find, start, stop
+from tests.openstack.lab.settings import compute_name
+from tests.openstack.machines import HOME, driving, listing, owner, spec_for
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 
 BOOT_TIMEOUT_S = 300.0  # a hard reboot and a boot without KVM on a busy host
+GONE_S = 20.0  # without a domain; a hard reboot has none for some seconds
 HELLO = "".join(f"\\{byte:03o}" for byte in hello(7))
 # Greets once a second on the wormhole's port, whenever it comes and whoever is at its other end.
 GUEST = f"""#!/bin/sh
@@ -42,23 +48,34 @@ async def until(what):
     return found
 
 
-def test_a_server_is_admitted_and_after_a_hard_reboot_attached_again(lab, tmp_path, deployment):
+@pytest.fixture
+def image():
     directory = tiny_image(GUEST)
     manifest = tiny_manifest(directory)
     verity = replace(manifest.part("root"), name="verity")  # the tiny guest has none, and reads no disk
-    image = directory, replace(manifest, parts=(*manifest.parts, verity))
+    return directory, replace(manifest, parts=(*manifest.parts, verity))
+
+
+@contextlib.contextmanager
+def server(lab, tmp_path, deployment, image, *, network=True):
+    """A server of Nova's and a connection of who owns it."""
     with driving(lab, tmp_path) as cloud, listing(lab, lab["name"]) as c:
-        machine = cloud.create(spec_for(cloud, lab, image, owner(deployment, 1, "op1"), disk=False))
+        spec = spec_for(cloud, lab, image, owner(deployment, 1, "op1"), disk=False)
+        machine = cloud.create(spec if network else replace(spec, network=None))
         try:
-            asyncio.run(_serve(c, machine, image[1]))
+            yield c, machine
         finally:
             cloud.destroy(machine)
             cloud.delete_network(deployment, "replicas")
 
 
-async def _serve(c, machine, manifest):
+@contextlib.asynccontextmanager
+async def admitted(machine, manifest):
+    """What the agent says of its guest, which has greeted it."""
     key = Ed25519PrivateKey.generate()
-    agent = HostAgent("lab", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)])
+    agent = HostAgent(
+        "lab", Ed25519PrivateKey.generate(), controller_keys=[], image_keys=[public_bytes(key)], gone_s=GONE_S
+    )
     reference = MachineRef("libvirt", uri=machine.reference["uri"], uuid=machine.id)
     who = Identity("ledger", "r0", 1)
     order = Admission(who, Role.REPLICA, reference, seal_manifest(manifest, key), False, 1000.0, {"port": 7000})  # noqa: FBT003
@@ -71,9 +88,83 @@ async def _serve(c, machine, manifest):
         assert await agent.admit(order) == launch
         await until(lambda: status()["greeted"])
         assert status()["machine"] == machine.id
-        await asyncio.to_thread(c.compute.reboot_server, machine.id, "HARD")
-        await until(lambda: not status()["connected"])
-        await until(lambda: status()["greeted"])
-        assert status()["lost"] == ""
+        yield status
     finally:
         await agent.stop()
+
+
+def test_a_server_is_admitted_and_after_a_hard_reboot_attached_again(lab, tmp_path, deployment, image):
+    async def serve(c, machine):
+        async with admitted(machine, image[1]) as status:
+            await asyncio.to_thread(c.compute.reboot_server, machine.id, "HARD")
+            await until(lambda: not status()["connected"])
+            await until(lambda: status()["greeted"])
+            assert status()["lost"] == ""
+
+    with server(lab, tmp_path, deployment, image) as (c, machine):
+        asyncio.run(serve(c, machine))
+
+
+def test_a_server_that_is_resized_where_it_is_is_attached_again(lab, tmp_path, deployment, image):
+    async def serve(c, machine):
+        async with admitted(machine, image[1]) as status:
+            larger = lab["flavors"]["cloudfit.small"]["id"]
+            await asyncio.to_thread(c.compute.resize_server, machine.id, larger)
+            await until(lambda: not status()["connected"])
+            await until(lambda: status()["greeted"])
+            await shows(c, machine, status="VERIFY_RESIZE")
+            await asyncio.to_thread(c.compute.confirm_server_resize, machine.id)
+            await shows(c, machine, status="ACTIVE")
+            assert status()["connected"]
+            assert status()["lost"] == ""
+
+    with server(lab, tmp_path, deployment, image) as (c, machine):
+        asyncio.run(serve(c, machine))
+
+
+@pytest.mark.parametrize("lab", DEFAULT_CLOUDS[:1], indirect=True)
+def test_a_server_that_leaves_its_host_is_lost_to_its_agent(lab, tmp_path, deployment, image):
+    """By live migration, and by evacuation: then only once Nova clears away on the host what it has elsewhere."""
+    where = Lab(HOME)
+    cloud = where.cloud(lab["name"])
+    nova = f"{cloud.name}-{compute_name(cloud.host)}"
+
+    async def migrate(admin, machine, host):
+        async with admitted(machine, image[1]) as status:
+            await asyncio.to_thread(admin.compute.live_migrate_server, machine.id, host.name, block_migration="auto")
+            await shows(admin, machine, status="ACTIVE", compute_host=host.name)
+            await until(lambda: status()["lost"])
+            assert status()["lost"] == "it was migrated to another host"
+            assert not status()["connected"]
+
+    async def evacuate(admin, machine, host):
+        (service,) = admin.compute.services(host=cloud.host.name, binary="nova-compute")
+        async with admitted(machine, image[1]) as status:
+            await asyncio.to_thread(stop, where, [find(where, nova)])
+            try:
+                admin.compute.update_service_forced_down(service, forced=True)
+                await asyncio.to_thread(admin.compute.evacuate_server, machine.id)
+                await shows(admin, machine, status="ACTIVE", compute_host=host.name)
+                assert status()["lost"] == ""  # the first machine still runs, and no other agent admits the second
+                assert status()["connected"]
+            finally:
+                admin.compute.update_service_forced_down(service, forced=False)
+                await asyncio.to_thread(start, where, compute(where, cloud.host))
+            await until(lambda: status()["lost"])
+            assert status()["lost"] == f"there has been no domain {machine.id} for {GONE_S:g} s"
+            assert not status()["connected"]
+
+    with spare_host(where, cloud) as host, listing(lab, lab["accounts"]["admin"]) as admin:
+        for move in (migrate, evacuate):
+            with server(lab, tmp_path, deployment, image, network=False) as (_, machine):
+                asyncio.run(move(admin, machine, host))
+
+
+async def shows(c, machine, **wanted):
+    def so():
+        found = c.compute.get_server(machine.id)
+        return all(getattr(found, name) == value for name, value in wanted.items())
+
+    async with asyncio.timeout(BOOT_TIMEOUT_S):
+        while not await asyncio.to_thread(so):  # noqa: ASYNC110  Nova tells nobody
+            await asyncio.sleep(1.0)

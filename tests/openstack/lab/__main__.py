@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.openstack.lab import infrastructure, packages, processes, resources, services, state, wiring
-from tests.openstack.lab.console import LabError, once, run, say
+from tests.openstack.lab import hosts, infrastructure, packages, processes, resources, services, state, wiring
+from tests.openstack.lab.console import LabError, once, say
 from tests.openstack.lab.layout import DEFAULT_CLOUDS, DEFAULT_HOME, KNOWN_CLOUDS, Cloud, Lab
 
-GUEST_TIMEOUT_S = 60.0
 _WRITING = threading.Lock()  # of the files that all clouds stand in
 
 
@@ -72,7 +71,7 @@ def up(lab: Lab, clouds: list[Cloud]) -> None:
         for finished in [pool.submit(_finish, lab, cloud) for cloud in clouds]:
             finished.result()
     for cloud in clouds:
-        say(f"{cloud.name}: {cloud.auth_url}, libvirt: {cloud.libvirt_uri or 'none (fake driver)'}")
+        say(f"{cloud.name}: {cloud.auth_url}, libvirt: {cloud.host.libvirt_uri or 'none (fake driver)'}")
     print(lab.clouds_yaml)
     print(lab.state)
 
@@ -98,22 +97,14 @@ def down(lab: Lab) -> None:
 def down_clouds(lab: Lab, clouds: list[Cloud]) -> None:
     """Stop these clouds and leave the others and what they share. Guests first: they would outlive their libvirtd."""
     for cloud in clouds:
-        _destroy_guests(lab, cloud)
+        for host in (cloud.host, cloud.spare):
+            hosts.destroy_guests(lab, host)
     names = tuple(f"{cloud.name}-" for cloud in clouds)
     running = [r for r in processes.started(lab) if r.name.startswith(names)]
     processes.stop(lab, running)
     for cloud in clouds:
         wiring.wire_down(cloud)
     say(f"{' '.join(cloud.name for cloud in clouds)}: {len(running)} services stopped")
-
-
-def _destroy_guests(lab: Lab, cloud: Cloud) -> None:
-    libvirtd = processes.find(lab, f"{cloud.name}-libvirtd")
-    if libvirtd is None or not libvirtd.alive:
-        return  # their processes are found as strays
-    virsh = ["virsh", "-q", "-c", cloud.libvirt_uri]
-    for name in run([*virsh, "list", "--name"], timeout_s=GUEST_TIMEOUT_S).split():
-        run([*virsh, "destroy", name], timeout_s=GUEST_TIMEOUT_S)
 
 
 def status(lab: Lab) -> None:

@@ -17,6 +17,43 @@ NEIGHBOUR = "neighbour"  # another tenant, whose things must be left alone
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """A compute host: a libvirtd and a nova-compute of its own, on this machine like all others."""
+
+    cloud: "Cloud"
+    letter: str
+
+    @property
+    def name(self) -> str:
+        """As Nova knows it."""
+        return f"host-{self.cloud.name}{self._suffix}"
+
+    @property
+    def process(self) -> str:
+        """What the names of its processes begin with."""
+        return f"{self.cloud.name}{self._suffix}"
+
+    @property
+    def home(self) -> Path:
+        """What its libvirtd has."""
+        return self.cloud.home / f"libvirt{self._suffix}"
+
+    @property
+    def libvirt_socket(self) -> Path:
+        """Where its libvirtd listens."""
+        return self.home / "run/libvirt-sock"
+
+    @property
+    def libvirt_uri(self) -> str:
+        """How libvirt clients on this machine reach that libvirtd; empty where there is none."""
+        return f"qemu+unix:///system?socket={self.libvirt_socket}" if self.cloud.real else ""
+
+    @property
+    def _suffix(self) -> str:
+        return f"-{self.letter}" if self.letter else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Cloud:
     """One cloud's place in the lab."""
 
@@ -66,18 +103,18 @@ class Cloud:
 
     @property
     def availability_zone(self) -> str:
-        """The zone that its only host is in."""
+        """The zone that its hosts are in."""
         return f"{self.name}-1"
 
     @property
-    def libvirt_socket(self) -> Path:
-        """Where its own libvirtd listens."""
-        return self.home / "libvirt/run/libvirt-sock"
+    def host(self) -> Host:
+        """The compute host that its servers run on."""
+        return Host(self, "")
 
     @property
-    def libvirt_uri(self) -> str:
-        """How libvirt clients on this host reach that libvirtd; empty where there is none."""
-        return f"qemu+unix:///system?socket={self.libvirt_socket}" if self.real else ""
+    def spare(self) -> Host:
+        """Another one, up only for who wants to move servers. Its servers have no network: Neutron is not on it."""
+        return Host(self, "b")
 
     @property
     def subnet(self) -> str:

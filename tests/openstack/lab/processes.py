@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.openstack.lab.console import LabError, last_words, say, wait_until
-from tests.openstack.lab.layout import Lab
+from tests.openstack.lab.layout import Cloud, Lab
 
 STOP_TIMEOUT_S = 30.0  # RabbitMQ writes its tables
 KILL_TIMEOUT_S = 10.0
@@ -57,6 +57,30 @@ class Running:
     def alive(self) -> bool:
         """Whether that very process lives."""
         return start_ticks(self.pid) == self.ticks
+
+
+def plain(
+    lab: Lab,
+    cloud: Cloud,
+    name: str,
+    *files: Path,
+    program: str = "",
+    env: Mapping[str, str] | None = None,
+    plugin: str = "",
+) -> Service:
+    """A service of OpenStack's that is a program with configuration files; `plugin`: a module of ours that it loads."""
+    full = f"{cloud.name}-{name}"
+    options = [word for file in files for word in ("--config-file", str(file))]
+    command = [program or name, *options, "--log-file", str(lab.log / f"{full}.log")]
+    library = lab.home / "lib"
+    path = {"PYTHONPATH": str(library), "PYTHONDONTWRITEBYTECODE": "1"} if plugin else {}
+    return Service(full, command, env={**path, **(env or {})}, files=[*files, *([library / plugin] if plugin else [])])
+
+
+def knowing_keys(lab: Lab, cloud: Cloud, name: str, *files: Path, program: str = "") -> Service:
+    """As `plain`, for services that fetch secrets or certificates."""
+    env = {"CLOUDFIT_LAB_KEYS": str(cloud.keys)}
+    return plain(lab, cloud, name, *files, program=program, env=env, plugin="file_key_manager.py")
 
 
 def environment(lab: Lab, service: str = "") -> dict[str, str]:

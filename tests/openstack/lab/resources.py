@@ -162,7 +162,7 @@ def _zone(cloud: Cloud, admin: Connection) -> None:
     aggregate = next((a for a in admin.compute.aggregates() if a.name == zone), None)
     if aggregate is None:
         aggregate = admin.compute.create_aggregate(name=zone, availability_zone=zone)
-    host = f"host-{cloud.name}"
+    host = cloud.host.name
     if host not in (aggregate.hosts or []):
         admin.compute.add_host_to_aggregate(aggregate, host)
 

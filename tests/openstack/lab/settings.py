@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.openstack.lab.console import write
 from tests.openstack.lab.infrastructure import DATABASE_USER
-from tests.openstack.lab.layout import Cloud, Lab
+from tests.openstack.lab.layout import Cloud, Host, Lab
 
 Settings = dict[str, dict[str, object]]  # section -> option -> value
 SERVICE_USER = "svc"
@@ -44,13 +44,15 @@ def write_all(lab: Lab, cloud: Cloud) -> None:
     ):
         write(cloud.etc / service / Path(source).name, Path(source).read_text())
     nova = _nova(lab, cloud)
+    # nova-compute refuses to know databases ("No DB access allowed in nova-compute").
+    compute = {k: v for k, v in nova.items() if k not in ("api_database", "database")}
     files: dict[tuple[str, str], Settings] = {
         ("keystone", "keystone"): _keystone(lab, cloud),
         ("placement", "placement"): _placement(lab, cloud),
         ("glance", "glance-api"): _glance(lab, cloud),
         ("nova", "nova"): nova,
-        # nova-compute refuses to know databases ("No DB access allowed in nova-compute").
-        ("nova", "nova-compute"): {k: v for k, v in nova.items() if k not in ("api_database", "database")},
+        ("nova", compute_name(cloud.host)): _of_host(compute, cloud.host, cloud.spare),
+        ("nova", compute_name(cloud.spare)): _of_host(compute, cloud.spare, cloud.host),
         ("neutron", "neutron"): _neutron(lab, cloud),
         ("neutron", "linuxbridge"): _linuxbridge(cloud),
         ("neutron", "dhcp"): _dhcp(),
@@ -60,6 +62,11 @@ def write_all(lab: Lab, cloud: Cloud) -> None:
     for (service, name), settings in files.items():
         write(config_file(cloud, service, name), render(settings), write_secret)
     write(cloud.etc / "cinder/nfs_shares", f"127.0.0.1:{cloud.home / 'volumes'}\n")
+
+
+def compute_name(host: Host) -> str:
+    """Of a host's nova-compute, as its file and its process are called."""
+    return f"nova-compute-{host.letter}" if host.letter else "nova-compute"
 
 
 def database_url(lab: Lab, cloud: Cloud, schema: str) -> str:
@@ -180,7 +187,7 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "DEFAULT": {
             **_common(lab, cloud),
             "my_ip": "127.0.0.1",
-            "host": f"host-{cloud.name}",
+            "host": cloud.host.name,
             "compute_driver": "libvirt.LibvirtDriver" if cloud.real else "fake.FakeDriver",
             "state_path": cloud.home / "nova",
             "instances_path": cloud.home / "instances",
@@ -198,6 +205,7 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
             "vif_plugging_timeout": 180,
             "resume_guests_state_on_host_boot": "false",
             "rpc_response_timeout": 180,
+            "allow_resize_to_same_host": "true",
         },
         "api": {"auth_strategy": "keystone"},
         "wsgi": {"api_paste_config": cloud.etc / "nova/api-paste.ini"},
@@ -213,18 +221,6 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "service_user": _service_user(lab, cloud),
         "keystone_authtoken": _token_check(lab, cloud),
         "vnc": {"enabled": "false"},
-        "libvirt": {
-            "virt_type": "qemu",
-            "cpu_mode": "none",
-            "connection_uri": f"qemu+unix:///system?socket={cloud.libvirt_socket}",
-            "swtpm_enabled": "true",
-            "swtpm_user": "root",
-            "swtpm_group": "root",
-            "nfs_mount_point_base": cloud.home / "mounts/nova",
-            "num_pcie_ports": 12,
-        }
-        if cloud.real
-        else {},
         "key_manager": _KEY_MANAGER,
         "nova_sys_admin": _privsep("nova", cloud),
         "vif_plug_linux_bridge_privileged": _privsep("nova", cloud),
@@ -233,13 +229,32 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
     }
 
 
+def _of_host(compute: Settings, host: Host, other: Host) -> Settings:
+    """Of one of a cloud's compute hosts, which moves its machines to the other one over loopback."""
+    libvirt = {
+        "virt_type": "qemu",
+        "cpu_mode": "none",
+        "connection_uri": host.libvirt_uri,
+        "swtpm_enabled": "true",
+        "swtpm_user": "root",
+        "swtpm_group": "root",
+        "nfs_mount_point_base": host.cloud.home / "mounts" / compute_name(host),
+        "num_pcie_ports": 12,
+        "live_migration_inbound_addr": "127.0.0.1",
+        # Nova puts that address into the URI; "%.0s" takes none of its letters.
+        "live_migration_uri": f"{other.libvirt_uri}%.0s",
+    }
+    own: Settings = {"DEFAULT": {**compute["DEFAULT"], "host": host.name}}
+    return compute | own | ({"libvirt": libvirt} if host.cloud.real else {})
+
+
 def _neutron(lab: Lab, cloud: Cloud) -> Settings:
     return {
         "DEFAULT": {
             **_common(lab, cloud),
             "bind_host": "127.0.0.1",
             "bind_port": cloud.port("neutron"),
-            "host": f"host-{cloud.name}",
+            "host": cloud.host.name,
             "state_path": cloud.home / "neutron",
             "core_plugin": "ml2",
             "service_plugins": "",
@@ -304,7 +319,7 @@ def _cinder(lab: Lab, cloud: Cloud) -> Settings:
             **_common(lab, cloud),
             "log_dir": lab.log,
             "my_ip": "127.0.0.1",
-            "host": f"host-{cloud.name}",
+            "host": cloud.host.name,
             "auth_strategy": "keystone",
             "state_path": cloud.home / "cinder",
             "api_paste_config": etc / "api-paste.ini",
