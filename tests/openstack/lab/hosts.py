@@ -123,7 +123,8 @@ def prepare_libvirt(lab: Lab, host: Host) -> None:
     """
     for name in _DIRECTORIES:
         (host.home / name).mkdir(parents=True, exist_ok=True)
-    (host.cloud.home / "mounts" / compute_name(host)).mkdir(parents=True, exist_ok=True)
+    for place in (host.instances, host.cloud.home / "mounts" / compute_name(host)):
+        place.mkdir(parents=True, exist_ok=True)
     etc = host.home / "etc"
     qemu = {
         "user": "root",

@@ -39,6 +39,11 @@ class Host:
         return self.cloud.home / f"libvirt{self._suffix}"
 
     @property
+    def instances(self) -> Path:
+        """Where its nova-compute keeps disks of servers."""
+        return self.cloud.home / f"instances{self._suffix}"
+
+    @property
     def libvirt_socket(self) -> Path:
         """Where its libvirtd listens."""
         return self.home / "run/libvirt-sock"
