@@ -30,9 +30,12 @@ _DIRECTORIES = ("cache", "etc", "lib", "localca", "log", "run")
 def spare_host(lab: Lab, cloud: Cloud) -> Iterator[Host]:
     """A second host in the cloud's zone; nothing of it is left afterwards. No server may be on it then."""
     host = cloud.spare
-    name = f"{cloud.name}-{compute_name(host)}"
+    name, shared = f"{cloud.name}-{compute_name(host)}", f"{cloud.name}-shared"
     prepare_libvirt(lab, host)
     try:
+        # libvirt migrates machines only between hosts that share a file system which it knows to be fit for that.
+        start(lab, Service(shared, ["bindfs", "-f", "-o", "subtype=glusterfs", cloud.instances, cloud.instances]))
+        wait_until(cloud.instances.is_mount, READY_TIMEOUT_S, f"{cloud.instances} is shared", lab.log / f"{shared}.out")
         for service in (libvirtd(host), compute(lab, host)):
             start(lab, service)
         wait_report(lab, name, f"{cloud.databases['nova']}.services where host='{host.name}' and last_seen_up")
@@ -46,11 +49,15 @@ def spare_host(lab: Lab, cloud: Cloud) -> Iterator[Host]:
             zone = _zone(admin, cloud)
             if host.name in zone.hosts:
                 admin.compute.remove_host_from_aggregate(zone, host.name)
-            stop(lab, [running for running in (find(lab, name),) if running])
+            _stop(lab, name)
             for service in admin.compute.services(host=host.name):
                 admin.compute.delete_service(service)
         destroy_guests(lab, host)
-        stop(lab, [running for running in (find(lab, f"{host.process}-libvirtd"),) if running])
+        _stop(lab, f"{host.process}-libvirtd", shared)
+
+
+def _stop(lab: Lab, *names: str) -> None:
+    stop(lab, [running for name in names if (running := find(lab, name))])
 
 
 def _zone(admin: Connection, cloud: Cloud) -> Any:
@@ -123,8 +130,7 @@ def prepare_libvirt(lab: Lab, host: Host) -> None:
     """
     for name in _DIRECTORIES:
         (host.home / name).mkdir(parents=True, exist_ok=True)
-    for place in (host.instances, host.cloud.home / "mounts" / compute_name(host)):
-        place.mkdir(parents=True, exist_ok=True)
+    (host.cloud.home / "mounts" / compute_name(host)).mkdir(parents=True, exist_ok=True)
     etc = host.home / "etc"
     qemu = {
         "user": "root",

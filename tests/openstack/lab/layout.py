@@ -39,11 +39,6 @@ class Host:
         return self.cloud.home / f"libvirt{self._suffix}"
 
     @property
-    def instances(self) -> Path:
-        """Where its nova-compute keeps disks of servers."""
-        return self.cloud.home / f"instances{self._suffix}"
-
-    @property
     def libvirt_socket(self) -> Path:
         """Where its libvirtd listens."""
         return self.home / "run/libvirt-sock"
@@ -81,6 +76,11 @@ class Cloud:
     def keys(self) -> Path:
         """What its key manager holds."""
         return self.home / "keys"
+
+    @property
+    def instances(self) -> Path:
+        """Where its compute hosts have the disks of servers."""
+        return self.home / "instances"
 
     @property
     def real(self) -> bool:

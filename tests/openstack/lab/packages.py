@@ -14,6 +14,7 @@ PACKAGES = (
     "neutron-linuxbridge-agent", "neutron-server", "nova-api", "nova-compute", "nova-compute-kvm", "nova-conductor",
     "nova-scheduler", "placement-api",
     "mariadb-server", "rabbitmq-server", "uwsgi-plugin-python3",
+    "bindfs",  # a file system that two compute hosts share
     "genisoimage",  # config drives
     "iproute2", "libvirt-clients", "libvirt-daemon-system", "ovmf", "qemu-system-x86", "qemu-utils", "sudo", "swtpm",
     "swtpm-tools",

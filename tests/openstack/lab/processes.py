@@ -114,6 +114,7 @@ def start(lab: Lab, service: Service) -> None:
             cwd=lab.home,
             start_new_session=True,
         )
+    process.returncode = 0  # it outlives this process: nobody waits for it, and subprocess need not complain
     record = Running(service.name, process.pid, start_ticks(process.pid), time.time(), service.fingerprint())
     lab.run.mkdir(parents=True, exist_ok=True)
     (lab.run / f"{service.name}.json").write_text(

@@ -16,7 +16,7 @@ from tests.openstack.lab.wiring import wire_up
 
 COMMAND_TIMEOUT_S = 300.0
 _DIRECTORIES = (
-    "cinder", "images/store", "images/staging", "images/tasks", "lock", "mounts/cinder",
+    "cinder", "images/store", "images/staging", "images/tasks", "instances", "lock", "mounts/cinder",
     "neutron", "nova", "volumes",
 )  # fmt: skip
 

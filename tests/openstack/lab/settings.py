@@ -190,6 +190,7 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
             "host": cloud.host.name,
             "compute_driver": "libvirt.LibvirtDriver" if cloud.real else "fake.FakeDriver",
             "state_path": cloud.home / "nova",
+            "instances_path": cloud.instances,
             "instance_name_template": f"{cloud.name}-%08x",
             "enabled_apis": "osapi_compute",
             "osapi_compute_listen": "127.0.0.1",
@@ -243,9 +244,7 @@ def _of_host(compute: Settings, host: Host, other: Host) -> Settings:
         # Nova puts that address into the URI; "%.0s" takes none of its letters.
         "live_migration_uri": f"{other.libvirt_uri}%.0s",
     }
-    # Shared by both, it would have to be on a file system that libvirt knows as a network's.
-    of_host = {"host": host.name, "instances_path": host.instances}
-    own: Settings = {"DEFAULT": {**compute["DEFAULT"], **of_host}}
+    own: Settings = {"DEFAULT": {**compute["DEFAULT"], "host": host.name}}
     return compute | own | ({"libvirt": libvirt} if host.cloud.real else {})
 
 

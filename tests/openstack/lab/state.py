@@ -27,7 +27,7 @@ def add_cloud(lab: Lab, cloud: Cloud, made: Mapping[str, Any], credential: Mappi
         "auth_url": cloud.auth_url,
         "region": cloud.region,
         "libvirt_uri": cloud.host.libvirt_uri,
-        "instances": str(cloud.host.instances),
+        "instances": str(cloud.instances),
         "accounts": {account: f"{cloud.name}-{account}" for account in ("admin", OPERATOR, NEIGHBOUR)},
         **made,
     }
