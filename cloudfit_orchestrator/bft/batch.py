@@ -82,6 +82,7 @@ class BundleChecker:
         self._keys = {client.key for client in record.clients}
         self._seen: dict[bytes, BundleBody] = {}
         self._seen_bytes = 0
+        self.max_bytes = record.parameters.max_batch_bytes  # of a valid batch
 
     def check(self, data: bytes, name: bytes | None = None) -> BundleBody:
         """The body of an encoded bundle whose client is admitted and whose signature holds. `name`: its `bundle_name`,

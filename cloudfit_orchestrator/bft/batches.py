@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, Checked
 
+MAX_LOOSE_BYTES = 16 << 20  # held though no proposal names them: a faulty member can send many, and large ones
+
 
 @dataclass(slots=True)
 class _Held:
@@ -21,14 +23,20 @@ class Batches:
         self._max_loose = max_loose
         self._held: dict[bytes, _Held] = {}
         self._loose: dict[bytes, None] = {}  # those that no proposal names yet, oldest first
+        self._loose_bytes = 0
+        self.bytes = 0  # of all that are held
 
     def add(self, digest: bytes, data: bytes) -> bool:
-        """Hold a batch whose digest the caller computed. False if it is held already."""
-        if digest in self._held:
+        """Hold a batch whose digest the caller computed. False if it is held already, or larger than any valid one:
+        that is as good as missing, since nobody who is correct votes for it, and a window of such would fill memory
+        and disk.
+        """
+        if digest in self._held or len(data) > self.checker.max_bytes:
             return False
-        while len(self._loose) >= self._max_loose:
+        while self._loose and (len(self._loose) >= self._max_loose or self._loose_bytes + len(data) > MAX_LOOSE_BYTES):
             oldest = next(iter(self._loose))
-            del self._loose[oldest], self._held[oldest]
+            self._tighten(oldest)
+            self._forget(oldest)
         self.restore(digest, data)
         return True
 
@@ -37,6 +45,16 @@ class Batches:
         if digest not in self._held:
             self._held[digest] = _Held(data, self.checker.valid(data), -1)
             self._loose[digest] = None
+            self._loose_bytes += len(data)
+            self.bytes += len(data)
+
+    def _tighten(self, digest: bytes) -> None:
+        if digest in self._loose:
+            del self._loose[digest]
+            self._loose_bytes -= len(self._held[digest].data)
+
+    def _forget(self, digest: bytes) -> None:
+        self.bytes -= len(self._held.pop(digest).data)
 
     def restored(self, slot: int) -> None:
         """The own log has been read: what no entry names may still be voted for in slots up to `slot`, and is kept
@@ -45,6 +63,7 @@ class Batches:
         for digest in self._loose:
             self._held[digest].slot = slot
         self._loose.clear()
+        self._loose_bytes = 0
 
     def name(self, digest: bytes, slot: int) -> bool:
         """A proposal names the batch for `slot`. False if it is not held."""
@@ -52,7 +71,7 @@ class Batches:
         if held is None:
             return False
         held.slot = max(held.slot, slot)
-        self._loose.pop(digest, None)
+        self._tighten(digest)
         return True
 
     def data(self, digest: bytes) -> bytes | None:
@@ -73,7 +92,7 @@ class Batches:
     def drop(self, below: int) -> None:
         """Forget batches that only slots up to `below` name."""
         for digest in [d for d, held in self._held.items() if 0 <= held.slot <= below]:
-            del self._held[digest]
+            self._forget(digest)
 
     def all(self) -> list[bytes]:
         """All batches held, also those whose proposal waits: it may be voted for before the log is cut again."""

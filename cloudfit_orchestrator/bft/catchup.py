@@ -61,13 +61,12 @@ class CatchUp:
         answers: Iterable[Frozen] = ()
         match message:
             case FetchBatches():
-                answers = [a for ordering in known for a in answer_batches(ordering.batches, message)]
+                answers = (a for ordering in known for a in answer_batches(ordering.batches, message))
             case StateQuery() | ChunkQuery():
                 answers = answer_state(self._at.execution, message, self._out.now_s, self._newest_certified())
             case _:
                 return any(ordering.answer(peer, message) for ordering in known)
-        for answer in answers:
-            self._out.send(peer, answer)
+        self._out.answer(peer, answers)
         return True
 
     # -------------------------------------------------------------------------------------------------------- states

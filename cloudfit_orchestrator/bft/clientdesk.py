@@ -100,7 +100,8 @@ class ClientDesk:
                 self._out.put(Answer(item.client, encode(Replies(me, c, slot, item.results, path, signature))))
 
         # A reply shows a slot that Qc members have logged before they voted: it need not wait for our own log.
-        self._reads.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send)
+        size = sum([len(result.result) for item in executed for result in item.results])
+        self._reads.sign(c, Kind.REPLY, LAYOUT[Kind.REPLY].pack(slot, root), send, size)
 
     def executed(self, batch: Checked) -> None:
         """A batch was executed: its bundles wait no more."""

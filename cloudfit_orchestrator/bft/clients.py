@@ -16,6 +16,7 @@ from cloudfit_orchestrator.model.errors import BadInputError
 
 MAX_RESULT = 128 << 10  # bytes kept and sent; a larger result is an error of the request
 MAX_REPLIES_BYTES = 2 << 20  # kept for one client; the window shrinks from below to stay under it
+MAX_SLOT_RESULTS = 16 << 20  # bytes of results of one slot that are told at once; the rest when it is asked for again
 TOO_LARGE = b"\xc1result too large"  # 0xc1 is never used by msgpack: no service answers so
 PAGE = 64  # numbers whose replies share an entry
 LARGE = 1024  # bytes; a longer reply has an entry of its own, so a page has at most 64 KiB
@@ -148,10 +149,11 @@ def execute(
     store: StateStore, service: Service, bodies: tuple[BundleBody, ...], width: int
 ) -> tuple[list[Executed], list[bytes]]:
     """Execute a decided batch: each request once, in order; a repeated one gets its kept reply; one outside the
-    client's window gets none. Returns the results by client, in order of first appearance, and the service's keys that
-    were written.
+    client's window gets none. Returns the results by client, in order of first appearance, as far as there is room for
+    them, and the service's keys that were written.
     """
     view = store.service_view()
+    room = MAX_SLOT_RESULTS
     by_client: dict[bytes, list[Result]] = {}
     for body in bodies:
         results = by_client.setdefault(body.client, [])
@@ -168,7 +170,9 @@ def execute(
                     result = TOO_LARGE
                 row.keep(number, result, width)
                 changed = True
-            results.append(Result(number, result))
+            if len(result) <= room:
+                room -= len(result)
+                results.append(Result(number, result))
         if changed:
             row.save()
     executed = [Executed(client, tuple(results)) for client, results in by_client.items() if results]

@@ -49,13 +49,14 @@ class ReadDesk:
         """The log says that slots up to `slot` may have been shown."""
         self._shown = self._durable = self._before_restart = max(self._shown, slot)
 
-    def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None]) -> None:
-        """Have a statement signed that shows the state after the slot executed last. It need not wait for the own log
-        but where the mark ahead of that slot may not be on the disk yet: a signature that has waited for it proves it.
+    def sign(self, c: int, kind: Kind, body: bytes, then: Callable[[bytes], None], size: int) -> None:
+        """Have a statement signed that shows the state after the slot executed last; `size` bytes of results wait for
+        it. It need not wait for the own log but where the mark ahead of that slot may not be on the disk yet: a
+        signature that has waited for it proves it.
         """
         slot = self._at.execution.slot
         if slot <= self._durable:
-            self._out.sign(c, kind, body, then, waits=False)
+            self._out.sign(c, kind, body, then, waits=False, size=size)
             return
         if slot > self._shown:
             self._shown = slot + SHOWN_AHEAD
@@ -66,7 +67,7 @@ class ReadDesk:
             self._durable = max(self._durable, mark)
             then(signature)
 
-        self._out.sign(c, kind, body, signed)
+        self._out.sign(c, kind, body, signed, size=size)
 
     def take(self, client: bytes, message: Read, *, wedging: bool) -> None:
         """Answer, or say at once that it cannot be answered here now. `wedging`: a successor is PREPARED."""
@@ -79,7 +80,8 @@ class ReadDesk:
         c, slot, number = ordering.record.c, at.execution.slot, message.number
         body = LAYOUT[Kind.READ].pack(client, number, slot, seen_digest(message.operations, seen))
         reply = ReadReply(at.me, c, number, slot, seen, b"")
-        self.sign(c, Kind.READ, body, lambda signature: self._answer(client, reply, signature))
+        size = sum(len(part.result) for part in seen)
+        self.sign(c, Kind.READ, body, lambda signature: self._answer(client, reply, signature), size)
 
     def _answer(self, client: bytes, reply: ReadReply, signature: bytes) -> None:
         signed = ReadReply(reply.replica, reply.c, reply.number, reply.slot, reply.seen, signature)

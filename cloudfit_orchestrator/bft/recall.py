@@ -18,6 +18,7 @@ from cloudfit_orchestrator.bft.situation import Situation
 
 REWRITE_FACTOR = 2  # the log is rewritten when it has grown to so many times what must be kept
 REWRITE_SLACK = 512  # records
+REWRITE_SLACK_BYTES = 16 << 20  # the same of bytes: few records may be large, and disks small
 
 
 def collect(at: Situation, successors: Successors, out: Outbox, shown: int) -> None:
@@ -33,10 +34,14 @@ def collect(at: Situation, successors: Successors, out: Outbox, shown: int) -> N
     else:
         _skip(ordering)
     must_keep = ordering.kept + len(ordering.batches.all())
-    if out.log_size > must_keep * REWRITE_FACTOR + REWRITE_SLACK:
+    too_many = out.log_size > must_keep * REWRITE_FACTOR + REWRITE_SLACK
+    if too_many or out.log_bytes > max(out.kept_bytes, ordering.batches.bytes) * REWRITE_FACTOR + REWRITE_SLACK_BYTES:
         entries = [*_entries(at, ordering, successors, slot), LogShown(shown)]
-        out.log_size = len(entries)
-        out.put(Rewrite(tuple(encode_entry(entry) for entry in entries)))
+        records = tuple(encode_entry(entry) for entry in entries)
+        out.log_size = out.log_bytes = 0
+        out.logged(*records)
+        out.kept_bytes = out.log_bytes
+        out.put(Rewrite(records))
 
 
 def _skip(ordering: Ordering) -> None:

@@ -31,6 +31,7 @@ class Successors:
     def __init__(self) -> None:
         self.prepared: dict[int, tuple[ConfigRecord, bytes]] = {}  # c' -> (record, envelope)
         self.sets: dict[tuple[Named, ...], Outcome | None] = {}
+        self._by_final: dict[Final, Outcome] = {}  # many sets give one S, which is executed once
         self._of_peer: dict[str, set[tuple[Named, ...]]] = {}
         self.own_set: tuple[Named, ...] | None = None
         self.needs_state: int | None = None  # slot h* that the own state must reach first
@@ -78,7 +79,10 @@ class Successors:
         if execution.slot < final.h:
             self.needs_state = final.h
             return None
-        return _execute(ordering, execution, final)
+        outcome = self._by_final.get(final) or _execute(ordering, execution, final)
+        if outcome is not None:
+            self._by_final[final] = outcome
+        return outcome
 
     def outcomes(self) -> list[Outcome]:
         """All computed so far."""

@@ -120,7 +120,7 @@ class Replica:
     def _restore(self, log: Iterable[bytes]) -> None:
         """Read the write-ahead log again through the same code; nothing is said meanwhile."""
         for data in log:
-            self._out.log_size += 1
+            self._out.logged(data)
             ordering = self._at.ordering
             self._replay(entry_decoder(ordering.ENTRIES if ordering is not None else ())(data))
         self._advance()

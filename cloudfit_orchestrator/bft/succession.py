@@ -11,6 +11,7 @@ from cloudfit_orchestrator.bft.reconfigure import Outcome, Successors
 from cloudfit_orchestrator.bft.situation import Situation
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.record import ConfigRecord, confirm_body, record_hash
+from cloudfit_orchestrator.model.signing import DIGEST_BYTES
 from cloudfit_orchestrator.model.statement import Kind
 
 MAX_PREPARED = 8  # PREPARED records kept for one base; the newest is the only one that may become ACTIVE
@@ -66,8 +67,10 @@ class Succession:
         ordering = self._at.ordering
         if ordering is None or message.c != ordering.record.c or not self.successors.prepared:
             return
-        if len(message.wedges) <= ordering.record.n and self.successors.add_set(message.wedges, peer):
-            self._out.journal(LogWedges(message.successor, message.wedges))
+        names = message.wedges
+        sound = all(ordering.record.member(name.replica) and len(name.digest) == DIGEST_BYTES for name in names)
+        if sound and len(names) <= ordering.record.n and self.successors.add_set(names, peer):
+            self._out.journal(LogWedges(message.successor, names))
 
     def confirm_first(self) -> None:
         """The first configuration of a group begins with the empty state."""

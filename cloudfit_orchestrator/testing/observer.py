@@ -32,6 +32,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     Wedge,
     decode_merge,
 )
+from cloudfit_orchestrator.bft.usig.proofs import Found
 from cloudfit_orchestrator.bft.usig.stream import Kept, Stream
 from cloudfit_orchestrator.model.record import WITH_WORMHOLE, ConfigRecord, record_hash
 from cloudfit_orchestrator.model.signing import DIGEST_BYTES, Verifier
@@ -133,7 +134,7 @@ class Observer:
         for _ in range(3):  # what a merge misses is asked for, and comes
             for kept in judge.advance():
                 self._note(judge, kept)
-            judge.jumps.clear()
+            judge.found = Found()
             # Sorted: puppets draw from what the judge holds in the order in which it came, and a set has none.
             wanted = sorted(digest for digest in judge.wanted.batches if digest in self._batches)
             if not wanted:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.messages import Signed
 from cloudfit_orchestrator.bft.pbft.messages import Decided, Phase, Prepared, Vote
 from cloudfit_orchestrator.model.record import ConfigRecord
@@ -24,6 +25,17 @@ class _Slot:
 def leader(record: ConfigRecord, g: int) -> str:
     """The primary of view g: members(c)[g mod n]."""
     return record.members[g % record.n].replica
+
+
+def bare(vote: Vote) -> Vote:
+    """The vote without its batch, as it is kept."""
+    return Vote(vote.c, vote.replica, vote.phase, vote.g, vote.s, vote.digest, vote.signature) if vote.batch else vote
+
+
+def with_own_batch(vote: Vote, max_bytes: int) -> Vote:
+    """The vote, with its batch if it has one: nobody signs that, whoever hands a vote on may put anything there."""
+    own = vote.phase == Phase.PRE_PREPARE and len(vote.batch) <= max_bytes and batch_digest(vote.batch) == vote.digest
+    return vote if own else bare(vote)
 
 
 class Book:

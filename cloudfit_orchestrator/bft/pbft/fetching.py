@@ -42,16 +42,15 @@ class Fetching:
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """Answer a question about this configuration. False if it was none."""
+        c = self._of.record.c
         match message:
-            case FetchSlots():
+            case FetchSlots() if message.c == c:
                 answers = self._slots(message)
-            case FetchChanges():
+            case FetchChanges() if message.c == c:
                 answers = self._changes(message)
             case _:
-                return False
-        if message.c == self._of.record.c:
-            for answer in answers:
-                self._out.send(peer, answer)
+                return False  # also a question about the configuration before, of whose engine it is asked next
+        self._out.answer(peer, answers)
         return True
 
     def _slots(self, question: FetchSlots) -> Iterator[Frozen]:

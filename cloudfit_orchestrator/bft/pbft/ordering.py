@@ -15,7 +15,7 @@ from cloudfit_orchestrator.bft.journal import LogBatch, LogDecision
 from cloudfit_orchestrator.bft.messages import NOOP, Frozen, Named
 from cloudfit_orchestrator.bft.ordering import AgreementError, Final, Host, Ordering, ProtocolError, TakeBatch
 from cloudfit_orchestrator.bft.outbox import Outbox
-from cloudfit_orchestrator.bft.pbft.book import Added, Book, leader
+from cloudfit_orchestrator.bft.pbft.book import Added, Book, bare, leader, with_own_batch
 from cloudfit_orchestrator.bft.pbft.changes import Changes
 from cloudfit_orchestrator.bft.pbft.fetching import Fetching
 from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView, LogVote, LogWedge
@@ -153,18 +153,23 @@ class PbftOrdering(Ordering):
             self._out.blame(vote.replica, "phase", vote.s)  # the leader's PREPARE is its PRE-PREPARE, nobody else's
             return
         if vote.g > self.e or vote.s > low + window:  # others may have the certificate that opens it already
-            early = self._early.setdefault(vote.replica, deque(maxlen=MAX_EARLY))
-            if vote not in early and (vote.g > self.e or len(early) < MAX_EARLY):  # the lowest slots are needed first
-                early.append(vote)
+            self._take_early(vote)
             return
         self.count(vote)
+
+    def _take_early(self, vote: Vote) -> None:
+        """It has come ahead of its view or window."""
+        early = self._early.setdefault(vote.replica, deque(maxlen=MAX_EARLY))
+        known = bare(vote) in map(bare, early)
+        if not known and (vote.g > self.e or len(early) < MAX_EARLY):  # the lowest slots are needed first
+            early.append(with_own_batch(vote, self.batches.checker.max_bytes))
 
     def count(self, vote: Vote) -> None:
         """A genuine vote of this view, ours or another's."""
         if vote.phase == Phase.PRE_PREPARE and vote.s <= self.s_max and self.choices.get(vote.s) != vote.digest:
             self._out.blame(vote.replica, "PRE-PREPARE against its NEW-VIEW", vote.s)
             return
-        if self.book.add(_bare(vote)) is Added.CONFLICT:
+        if self.book.add(bare(vote)) is Added.CONFLICT:
             self._out.blame(vote.replica, "equivocation", vote.s)
             return
         if vote.phase == Phase.PRE_PREPARE:
@@ -187,8 +192,7 @@ class PbftOrdering(Ordering):
         digest = batch_digest(data)
         if digest not in self.wanted or not self.batches.add(digest, data):
             return None
-        if digest in self._named:
-            self.batches.name(digest, self._named[digest])
+        self.batches.name(digest, self._named.get(digest, self._settled + 2 * self.record.parameters.window))
         return digest
 
     def _take_change(self, change: Change) -> None:
@@ -493,8 +497,3 @@ class PbftOrdering(Ordering):
         for digest in [d for d, s in self._named.items() if s <= floor]:
             del self._named[digest]
         self.batches.drop(floor)
-
-
-def _bare(vote: Vote) -> Vote:
-    """The vote without its batch, as it is kept."""
-    return Vote(vote.c, vote.replica, vote.phase, vote.g, vote.s, vote.digest, vote.signature) if vote.batch else vote

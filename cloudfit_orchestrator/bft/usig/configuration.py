@@ -5,7 +5,6 @@ are what follows. Nothing here speaks: a member's own voice is in `voice.py`.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest
 from cloudfit_orchestrator.bft.batches import Batches
@@ -13,7 +12,7 @@ from cloudfit_orchestrator.bft.checkpoints import Certificate
 from cloudfit_orchestrator.bft.messages import NOOP, Signed
 from cloudfit_orchestrator.bft.usig.citations import Citations
 from cloudfit_orchestrator.bft.usig.evidence import Attestations, Statements
-from cloudfit_orchestrator.bft.usig.judge import Broken, Held, StreamState, initial, judge, leader, stated
+from cloudfit_orchestrator.bft.usig.judge import Broken, Held, initial, judge, leader, stated
 from cloudfit_orchestrator.bft.usig.logvotes import LogVotes
 from cloudfit_orchestrator.bft.usig.merge import Merged, Missing, Proposal, Vote, merge, quorums, slots_of
 from cloudfit_orchestrator.bft.usig.messages import (
@@ -33,8 +32,9 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_header,
     decode_merge,
 )
+from cloudfit_orchestrator.bft.usig.proofs import Found, LogReader
 from cloudfit_orchestrator.bft.usig.slots import Slots
-from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, bare, waiting
+from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, Waiting, bare, waiting
 from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
@@ -81,8 +81,9 @@ class Configuration:
             name=self._name,
         )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
-        self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind the NEW-VIEW judged last
-        self.jumps: list[StreamMessage] = []  # anchors that cursors jumped to, for the journal to take
+        self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind NEW-VIEWs under way
+        self.found = Found()
+        self._reader = LogReader(record, self.streams, citations=self.citations, votes=self.votes, known=self)
         self._merge_wants: set[bytes] = set()
 
     # ---------------------------------------------------------------------------------------------- messages come in
@@ -122,8 +123,8 @@ class Configuration:
             return None
         if not self.batches.add(digest, data):
             return None
-        if digest in self.named:
-            self.batches.name(digest, self.named[digest])
+        if asked_for:  # what comes unasked must not push it out
+            self.batches.name(digest, self.named.get(digest, self.slots.floor + 2 * self._window))
         return digest
 
     def offer_view(self, message: StreamMessage) -> None:
@@ -140,6 +141,7 @@ class Configuration:
         if isinstance(header, NewView) and leader(self.record, header.g) == message.replica:
             if stream.stands(message.cv) and header.g not in self.new_views:
                 self._keep_view(message, header)
+                self.found.views.append(bare(message))
         elif isinstance(header, CommitNewView) and message.cv < self.attestations.attested(message.replica):
             if stream.ended is None:
                 self.entered.add(header.g)
@@ -147,47 +149,12 @@ class Configuration:
 
     def offer_log(self, messages: Sequence[StreamMessage]) -> None:
         """Answer to FETCH-NEW-VIEW: the log of a VIEW-CHANGE or closed epoch whose stream was jumped over. It precedes
-        an attested STABLE, or is processed: all of it stands. It counts if it begins where a log may begin (§4).
+        an attested STABLE, or is processed: all of it stands.
         """
-        if not messages:  # how many there are is bounded by the frame that brings them
-            return
-        first, last = messages[0], messages[-1]
-        stream = self.streams.get(first.replica)
-        if stream is None or stream.stands(last.cv) is not True:
-            return
-        if any(later.cv != earlier.cv + 1 for earlier, later in pairwise(messages)):
-            return
-        if not all(m.replica == first.replica and m.c == self.record.c and self.genuine(m) for m in messages):
-            return
-        self._read_log(stream, messages)
-
-    def _read_log(self, stream: Stream, messages: Sequence[StreamMessage]) -> None:
-        state = initial(self.record)
-        kept: list[Kept] = []
-        for message in messages:
-            try:
-                header = decode_header(message.header)
-            except BadError:
-                return
-            if isinstance(header, Stable) and not kept and message.cv > 1:
-                outcome: object = stated(header)
-            else:
-                self._stands = True
-                outcome = judge(self.record, state, stream.replica, message.cv, header, message, self)
-                self._stands = False
-            if not isinstance(outcome, StreamState):
-                return  # cannot be: it stands
-            entries = self.citations.read(header) if isinstance(header, Commit) else ()
-            before, state = state, outcome
-            kept.append(Kept(message, header, message.digest, state, entries))
-        if isinstance(kept[-1].header, ViewChange | Wedge) and self._anchored(kept[0], before):
-            self.votes.read(before, kept[:-1], kept[-1])
-        if not state.wedged and self._anchored(kept[0], state):
-            self.votes.read_closed(stream.replica, state, kept)
-
-    def _anchored(self, first: Kept, state: StreamState) -> bool:
-        header = first.header  # a log may begin with it
-        return first.message.cv == 1 or (isinstance(header, Stable) and header.h <= state.h - self._window)
+        self._stands = True
+        if self._reader.read(messages):
+            self.found.logs.append(tuple(messages))
+        self._stands = False
 
     def offer_end(self, end: EpochEnd) -> bool:
         """An EPOCH-END: the stream has no message beyond cv_end. False if it is not the wormhole's."""
@@ -236,6 +203,12 @@ class Configuration:
             self.entered.add(header.e)
             self._count(kept)
 
+    def restore_breach(self, message: StreamMessage) -> None:
+        """What ended a stream, of the own log."""
+        item = waiting(message)
+        self._peek(item.message, item.header)
+        self.streams[message.replica].end(item, "form, or R1 to R3, says the own log")
+
     def restore_view(self, message: StreamMessage) -> None:
         """A NEW-VIEW of the own log."""
         header = decode_header(message.header)
@@ -270,7 +243,7 @@ class Configuration:
         if stream.ended is not None:
             return False
         if header is None:
-            self._end(stream, cv, "form: header does not decode")
+            self._end(stream, item, "form: header does not decode")
             return False
         self._stands = self.replaying or cv < self.attestations.attested(stream.replica)
         outcome = judge(self.record, stream.state, stream.replica, cv, header, message, self)
@@ -282,7 +255,7 @@ class Configuration:
             case Broken():
                 if isinstance(header, Stable):  # also of an ended stream it is a signed statement
                     self.attestations.add(message, header)
-                self._end(stream, cv, outcome.rule)
+                self._end(stream, item, outcome.rule)
                 return False
         stream.unwait(cv)
         entries = self.citations.read(header) if isinstance(header, Commit) else ()
@@ -294,9 +267,10 @@ class Configuration:
         done.append(kept)
         return True
 
-    def _end(self, stream: Stream, cv: int, rule: str) -> None:
-        stream.end(cv, rule)
+    def _end(self, stream: Stream, item: Waiting, rule: str) -> None:
+        stream.end(item, rule)
         self.liars[stream.replica] = rule
+        self.found.breaches.append(item.message)
 
     def _jump(self, stream: Stream, message: StreamMessage) -> bool:
         try:
@@ -311,7 +285,7 @@ class Configuration:
             return False  # cannot be: an attested STABLE stands
         kept = Kept(bare(message), header, message.digest, stated(header))
         stream.jump(kept)
-        self.jumps.append(kept.message)
+        self.found.jumps.append(kept.message)
         self.entered.add(header.e)
         self._count(kept)
         return True
@@ -405,7 +379,8 @@ class Configuration:
             self.wanted.add(outcome, leader)
             return None
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
-        self.cited = {header.g: tuple(vote.log for vote in votes)}
+        if told == outcome:
+            self.cited[header.g] = tuple(vote.log for vote in votes)
         return told == outcome
 
     def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:

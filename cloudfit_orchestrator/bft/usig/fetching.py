@@ -134,14 +134,13 @@ class Fetching:
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """Answer a question about this configuration. False if it was none."""
+        c = self._configuration.record.c
         match message:
-            case Fetch():
+            case Fetch() if message.c == c:
                 answers = answer_fetch(self._configuration, message)
-            case FetchNewView():
+            case FetchNewView() if message.c == c:
                 answers = answer_view(self._configuration, message)
             case _:
-                return False
-        if message.c == self._configuration.record.c:
-            for answer in answers:
-                self._out.send(peer, answer)
+                return False  # also a question about the configuration before, of whose engine it is asked next
+        self._out.answer(peer, answers)
         return True

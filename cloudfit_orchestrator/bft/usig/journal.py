@@ -42,7 +42,8 @@ class LogView(Frozen, frozen=True, tag=10):
 
 class LogCited(Frozen, frozen=True, tag=13):
     """The logs of the VIEW-CHANGEs that the NEW-VIEW of view g was computed from: who missed them needs them to judge
-    it, perhaps long after.
+    it, perhaps long after. g = WEDGE: that of a wedge or closed epoch whose stream was jumped over; an S may be
+    confirmed that follows from it.
     """
 
     c: int
@@ -56,7 +57,13 @@ class LogEnd(Frozen, frozen=True, tag=11):
     end: EpochEndMessage
 
 
-ENTRIES: tuple[type[Frozen], ...] = (LogMessage, LogAnchor, LogBody, LogUI, LogView, LogCited, LogEnd)
+class LogBreach(Frozen, frozen=True, tag=14):
+    """A message that ended its stream: what cites what follows is judged by it, and nobody else may have it."""
+
+    message: StreamMessage
+
+
+ENTRIES: tuple[type[Frozen], ...] = (LogMessage, LogAnchor, LogBody, LogUI, LogView, LogCited, LogEnd, LogBreach)
 
 
 def decode_entry(data: bytes) -> Frozen:

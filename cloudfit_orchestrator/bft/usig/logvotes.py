@@ -140,12 +140,13 @@ class LogVotes:
         """Streams that EPOCH-END closed, and that are read to their end, vote for any wedge."""
         for replica, end in self.epoch_ends.items():
             stream = self._streams[replica]
-            if not self._ends_here(stream, end) or self._has_closed(replica):
+            if not self._ends_here(stream, end) or self.has_last(replica):
                 continue
             if stream.complete(self._window):
                 self._read_closed(end, stream.state, list(stream.kept.values()))
 
-    def _has_closed(self, replica: str) -> bool:
+    def has_last(self, replica: str) -> bool:
+        """Whether the vote of that stream's end is known: a wedge, or what EPOCH-END closed."""
         return replica in self._closed or WEDGE in self._votes[replica]
 
     @staticmethod
@@ -169,7 +170,7 @@ class LogVotes:
         """Whether a stream was closed that is held from an anchor too near: who holds its whole log can prove it."""
         self._close()
         return any(
-            self._ends_here(self._streams[replica], end) and not self._has_closed(replica)
+            self._ends_here(self._streams[replica], end) and not self.has_last(replica)
             for replica, end in self.epoch_ends.items()
         )
 

@@ -15,6 +15,7 @@ from cloudfit_orchestrator.bft.usig.journal import (
     ENTRIES,
     LogAnchor,
     LogBody,
+    LogBreach,
     LogCited,
     LogEnd,
     LogMessage,
@@ -35,6 +36,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     StreamMessage,
     decode_header,
 )
+from cloudfit_orchestrator.bft.usig.proofs import Found
 from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, bare, waiting
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.channel import ErrorCode
@@ -107,7 +109,7 @@ class UsigOrdering(Ordering):
             case Discarded():
                 if message.stable.replica != self._at.me or not self.live:
                     self._fetching.take_discarded(peer, message)
-            case LogProof():
+            case LogProof() if self.configuration.wanted.views:  # else nobody has asked for it
                 self.configuration.offer_log(message.messages)
             case EpochEndMessage():
                 self.take_end(recall.epoch_end(message))
@@ -162,6 +164,7 @@ class UsigOrdering(Ordering):
                 self._out.report("amnesia", {"c": self.record.c, "cv": self._session_cv - 1})
             return
         voice.go_live(self._session_cv)
+        configuration.cited.clear()  # no NEW-VIEW of ours is under way
         self._session_cv = None
         self._at.pool.release()
         digests = self._at.execution.digests
@@ -259,6 +262,10 @@ class UsigOrdering(Ordering):
                 configuration.restore_anchor(entry.message)
             case LogView() if entry.message.c == c:
                 configuration.restore_view(entry.message)
+            case LogBreach() if entry.message.c == c:
+                configuration.restore_breach(entry.message)
+            case LogCited() if entry.c == c and entry.g == WEDGE:
+                configuration.offer_log(entry.logs[0])
             case LogCited() if entry.c == c:
                 known = {log[-1].replica: log for log in (*configuration.cited.get(entry.g, ()), *entry.logs) if log}
                 configuration.cited[entry.g] = tuple(known.values())
@@ -272,8 +279,11 @@ class UsigOrdering(Ordering):
                 pass  # of a configuration that is over
 
     def restored(self) -> None:
-        """See `Ordering`."""
+        """See `Ordering`. A NEW-VIEW of ours may have been certified unheard: what it was computed from is at hand."""
         self.configuration.replaying = False
+        for logs in list(self.configuration.cited.values()):
+            for log in logs:
+                self.configuration.offer_log(log)
 
     # ------------------------------------------------------------------------------------------------------ deciding
     def advance(self) -> None:
@@ -281,9 +291,9 @@ class UsigOrdering(Ordering):
         configuration = self.configuration
         for kept in configuration.advance():
             self._accepted(kept)
-        for message in configuration.jumps:
-            self._out.journal(LogAnchor(message))
-        configuration.jumps.clear()
+        found, configuration.found = configuration.found, Found()
+        for entry in recall.news(self.record.c, found):
+            self._out.journal(entry)
         for replica, rule in configuration.liars.items():
             self._out.blame(replica, rule)
 

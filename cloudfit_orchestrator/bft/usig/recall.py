@@ -4,8 +4,19 @@ from collections.abc import Sequence
 
 from cloudfit_orchestrator.bft.messages import Frozen
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
-from cloudfit_orchestrator.bft.usig.journal import LogAnchor, LogBody, LogCited, LogEnd, LogMessage, LogUI, LogView
+from cloudfit_orchestrator.bft.usig.journal import (
+    LogAnchor,
+    LogBody,
+    LogBreach,
+    LogCited,
+    LogEnd,
+    LogMessage,
+    LogUI,
+    LogView,
+)
+from cloudfit_orchestrator.bft.usig.logvotes import WEDGE
 from cloudfit_orchestrator.bft.usig.messages import EpochEndMessage, StreamMessage
+from cloudfit_orchestrator.bft.usig.proofs import Found
 from cloudfit_orchestrator.bft.usig.serving import MAX_LOG, log_bytes
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.ui import EpochEnd
@@ -46,7 +57,20 @@ def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
     if voice is not None:
         found += [LogBody(c, cv, *body) for cv, body in sorted(voice.pending.items())]
     found += [LogEnd(end_message(end)) for end in configuration.votes.epoch_ends.values()]
+    found += [LogBreach(stream.breach.message) for stream in streams if stream.breach is not None]
+    window = configuration.record.parameters.window
+    for vote in configuration.votes.of(WEDGE):  # behind the streams that they are of
+        if not configuration.streams[vote.name.replica].complete(window):
+            found.append(LogCited(c, WEDGE, (vote.log,)))
     return found
+
+
+def news(c: int, found: Found) -> list[Frozen]:
+    """What was found out of its turn, as it is logged."""
+    entries: list[Frozen] = [LogAnchor(message) for message in found.jumps]
+    entries += [LogView(message) for message in found.views]
+    entries += [LogCited(c, WEDGE, (log,)) for log in found.logs]
+    return entries + [LogBreach(message) for message in found.breaches]
 
 
 def _messages(configuration: Configuration, voice: Voice | None) -> list[Frozen]:

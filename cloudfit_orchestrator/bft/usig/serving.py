@@ -38,10 +38,10 @@ def answer_fetch(configuration: Configuration, question: Fetch) -> Iterator[Froz
     for cv in range(first, min(question.last, first + MAX_FETCH - 1) + 1):
         kept = stream.kept.get(cv)
         if kept is None:
-            waiting = stream.waiting.get(cv)
-            if waiting is None or stream.ended is not None:
+            item = stream.waiting.get(cv) if stream.ended is None else stream.breach
+            if item is None or item.message.cv != cv:
                 return
-            message = waiting.message
+            message = item.message
         else:
             message = with_batch(configuration, kept)
         size += len(message.header) + len(message.payload) + len(message.batch)

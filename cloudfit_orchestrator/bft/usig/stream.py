@@ -22,7 +22,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
 from cloudfit_orchestrator.model.errors import BadError
 
 MAX_AHEAD = 2048  # counters beyond the cursor that may wait: several windows of an honest sender
-MAX_WAITING_BYTES = 16 << 20  # of headers and payloads that wait (and decoded thrice that); a full NEW-VIEW: 20 KiB
+MAX_WAITING_BYTES = 4 << 20  # of headers and payloads that wait (and decoded thrice that); a full NEW-VIEW: 20 KiB
 
 
 class Citation(Value, frozen=True):
@@ -88,6 +88,7 @@ class Stream:
         self.state = start
         self.ended: int | None = None  # the counter of the message that ended it
         self.end_rule = ""
+        self.breach: Waiting | None = None  # that message: who has not got it cannot tell that the stream ended
         self.held = ""  # why the message after the cursor waits, if it does
         self.kept: dict[int, Kept] = {}
         self.waiting: dict[int, Waiting] = {}
@@ -132,10 +133,11 @@ class Stream:
         if isinstance(kept.header, Stable):
             self.last_stable = Named(self.replica, self.cursor, kept.digest)
 
-    def end(self, cv: int, rule: str) -> None:
-        """Message `cv` broke a rule: it and all after it count for nothing."""
-        self.ended = cv
+    def end(self, item: Waiting, rule: str) -> None:
+        """Message `item` broke a rule: it and all after it count for nothing."""
+        self.ended = item.message.cv
         self.end_rule = rule
+        self.breach = item
         self.held = ""
         self.waiting.clear()
         self._waiting_bytes = 0

@@ -34,7 +34,7 @@ def test_what_stands_is_what_was_read_before_the_end() -> None:
     stream = stream_with(None, None)
     assert [stream.stands(cv) for cv in (1, 2, 3)] == [True, True, None]
     stream.wait(waiting(message(4)))
-    stream.end(3, "R1")
+    stream.end(waiting(message(3)), "R1")
     assert [stream.stands(cv) for cv in (2, 3, 10**9)] == [True, False, False]
     assert not stream.waiting
     assert not stream.wants(3), "nothing of an ended stream is of use"
