@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import cast
 
 from cloudfit_orchestrator.model.channel import MAX_GUEST_FRAME, ErrorCode, FrameKind, FrameReader, frame
 from cloudfit_orchestrator.model.errors import BadError, CloudfitError
@@ -50,7 +51,6 @@ class Channel:
         self._records_due = False
         self._pushed: tuple[bytes, ...] = ()  # the last two records that this process of the guest got
         self._commands_due: deque[bytes] = deque(maxlen=MAX_COMMANDS)
-        self._drain = asyncio.Lock()
         self.counters: Counter[str] = Counter()
         self.connected = False
         self.greeted = False
@@ -83,44 +83,44 @@ class Channel:
             self._again.clear()
             try:
                 path = self._path if isinstance(self._path, str) else await self._path()
-                reader, writer = await asyncio.open_unix_connection(path)
+                _, line = await asyncio.get_running_loop().create_unix_connection(_Line, path)
             except (OSError, CloudfitError) as error:
                 self.counters["connect-failed"] += 1
                 if self.counters["connect-failed"] == 1:
                     why = error.strerror if isinstance(error, OSError) else error.fact[:500]
                     _log.info("cannot connect", extra={"guest": str(self._guest.identity), "why": why})
             else:
-                if await self._verified(writer) and await self._connection(reader, writer):
+                if await self._verified(line) and await self._connection(line):
                     delay_s = BACK_OFF_S[0]
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._again.wait(), delay_s)
             delay_s = min(2 * delay_s, BACK_OFF_S[1])
 
-    async def _verified(self, writer: asyncio.StreamWriter) -> bool:
+    async def _verified(self, line: "_Line") -> bool:
         try:
             await self._verify()
         except CloudfitError as error:
             bad = isinstance(error, BadError)
             self.counters["measurement-failed" if bad else "measurement-unknown"] += 1
             _log.warning("not measured", extra={"guest": str(self._guest.identity), "why": error.fact[:500]})
-            writer.close()
+            line.let_go()
             return False
         except asyncio.CancelledError:
-            writer.close()
+            line.let_go()
             raise
         return True
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _connection(self, line: "_Line") -> bool:
         """Serve one connection; True if the guest greeted and the connection ended well."""
         self.connected, self.greeted = True, False
-        pusher = asyncio.create_task(self._pushes(writer))
+        pusher = asyncio.create_task(self._pushes(line))
         try:
-            await self._serve(reader, writer)
+            await line.serve(self._answer, lambda discarded: self._discarded(line, discarded))
         except (BadError, Malformed) as error:
             reason = error.reason if isinstance(error, Malformed) else "frame"
             self.counters[f"malformed-{reason}"] += 1
             _log.warning("malformed input", extra={"guest": str(self._guest.identity), "reason": reason})
-            writer.write(error_frame(0, ErrorCode.MALFORMED, str(error)))
+            line.write(error_frame(0, ErrorCode.MALFORMED, str(error)))
             return False
         except (ConnectionError, TimeoutError):
             self.counters["connection-lost"] += 1
@@ -132,38 +132,25 @@ class Channel:
             self.connected = self.greeted = False
             pusher.cancel()
             await asyncio.gather(pusher, return_exceptions=True)
-            _let_go(writer)
+            line.let_go()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        frames = FrameReader(MAX_GUEST_FRAME, stale=True)
-        served = 0
-        while data := await reader.read(READ_BYTES):
-            discarded = frames.discarded
-            answers: list[bytes] = []  # of one turn: written together, and before anybody else has the loop
-            try:
-                for kind, request, body in frames.feed(data):
-                    wait_s = self._bucket.take(_price(kind, body))
-                    if wait_s > 0:
-                        self.counters["throttled"] += 1
-                        _write(writer, answers)
-                        await asyncio.sleep(wait_s)
-                    answers.append(self._desk.answer(kind, request, body))
-                    self.counters["served"] += 1
-                    if kind == FrameKind.HELLO:
-                        self._greeting()
-                    served += 1
-                    if served % TURN_FRAMES == 0:
-                        _write(writer, answers)
-                        await self._flush(writer)
-                        await asyncio.sleep(0)  # the other guests' turn
-            finally:
-                _write(writer, answers)
-            self.counters["discarded-bytes"] += frames.discarded - discarded
-            if not self.greeted and frames.discarded > MAX_STALE_BYTES:
-                raise Malformed("no-greeting")
-            await self._flush(writer)
+    def _answer(self, kind: int, request: int, body: bytes) -> tuple[bytes, float]:
+        """The answer to one frame, and for how many seconds the next one has to wait. Raises Malformed."""
+        wait_s = self._bucket.take(_price(kind, body))
+        if wait_s > 0:
+            self.counters["throttled"] += 1
+        answer = self._desk.answer(kind, request, body)
+        self.counters["served"] += 1
+        if kind == FrameKind.HELLO:
+            self._greeting()
+        return answer, wait_s
 
-    async def _pushes(self, writer: asyncio.StreamWriter) -> None:
+    def _discarded(self, line: "_Line", count: int) -> None:
+        self.counters["discarded-bytes"] += count
+        if not self.greeted and line.discarded > MAX_STALE_BYTES:
+            raise Malformed("no-greeting")
+
+    async def _pushes(self, line: "_Line") -> None:
         """Records and commands, in that order, whenever there are some and the guest has greeted."""
         while True:
             await self._push_due.wait()
@@ -177,31 +164,134 @@ class Channel:
                     new = held is not None and held.envelope not in self._pushed
                     if held is not None and new and self._desk.table.concerned(self._guest, held):
                         self._pushed = (*self._pushed[-1:], held.envelope)
-                        writer.write(frame(FrameKind.RECORD, 0, held.envelope))
-                        await self._flush(writer)
+                        line.write(frame(FrameKind.RECORD, 0, held.envelope))
+                        await line.taken()
             while self._commands_due:
-                writer.write(frame(FrameKind.COMMAND, 0, self._commands_due.popleft()))
-                await self._flush(writer)
-
-    async def _flush(self, writer: asyncio.StreamWriter) -> None:
-        """Wait until the guest has taken what was written: one that does not read is not read from either."""
-        if writer.transport.get_write_buffer_size():  # mostly the socket has taken all of it already
-            async with self._drain:
-                await writer.drain()
+                line.write(frame(FrameKind.COMMAND, 0, self._commands_due.popleft()))
+                await line.taken()
 
 
-def _write(writer: asyncio.StreamWriter, answers: list[bytes]) -> None:
-    if answers:
-        writer.write(b"".join(answers))
-        answers.clear()
+Answer = Callable[[int, int, bytes], tuple[bytes, float]]
 
 
-def _let_go(writer: asyncio.StreamWriter) -> None:
-    """Close now: a guest that does not read must not keep what is left to write, and its socket, for ever."""
-    if writer.transport.get_write_buffer_size():
-        writer.transport.abort()
-    else:
-        writer.close()
+class _Line(asyncio.BufferedProtocol):
+    """The bytes of one connection. What comes in is answered in the same turn of the event loop, without a task that
+    would have to be woken; nothing more is read before all of it is answered, and the guest has taken the answers.
+    """
+
+    def __init__(self) -> None:
+        """Reads nothing before `serve`."""
+        self._transport: asyncio.Transport
+        self._buffer = bytearray(READ_BYTES)
+        self._frames = FrameReader(MAX_GUEST_FRAME, stale=True)
+        self._coming: Iterator[tuple[int, int, bytes]] = iter(())
+        self._answer: Answer
+        self._told: Callable[[int], None]
+        self._again: asyncio.Handle | None = None  # what was read is not answered yet: goes on then
+        self._taken = asyncio.Event()
+        self._taken.set()
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def serve(self, answer: Answer, discarded: Callable[[int], None]) -> None:
+        """Until the guest closes the connection. `answer` gives a frame's answer, and the seconds that the next frame
+        has to wait; `discarded` hears of bytes that belong to no frame. What either raises ends it, as do OSErrors.
+        """
+        self._answer, self._told = answer, discarded
+        self._transport.resume_reading()
+        await self._over
+
+    def write(self, data: bytes) -> None:
+        """Send, or keep until there is room: see `taken`."""
+        self._transport.write(data)
+
+    async def taken(self) -> None:
+        """Wait until the guest has taken most of what was written."""
+        await self._taken.wait()
+
+    def let_go(self) -> None:
+        """Close now: a guest that does not read must not keep what is left to write, and its socket, for ever."""
+        if self._again is not None:
+            self._again.cancel()
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    @property
+    def discarded(self) -> int:
+        """Bytes that belonged to no frame, all in all."""
+        return self._frames.discarded
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The guest's end is there, and not yet known to be the guest's."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.pause_reading()
+
+    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  asyncio's signature
+        """Where to read to."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So much was read: all that came before is answered."""
+        self._coming = self._frames.feed(bytes(memoryview(self._buffer)[:nbytes]))
+        self._serve()
+
+    def pause_writing(self) -> None:
+        """The guest does not read: it is not read from either."""
+        self._taken.clear()
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._taken.set()
+        if self._again is None:
+            self._serve()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The guest closed it, or we did, or it broke."""
+        self._taken.set()
+        self._end(exc)
+
+    def _serve(self) -> None:
+        """Answer some frames of those that were read, together, and say when the next ones have their turn."""
+        self._again = None
+        if self._over.done() or not self._taken.is_set():
+            return
+        discarded = self._frames.discarded
+        answers: list[bytes] = []
+        wait_s, more = 0.0, True
+        try:
+            while more and wait_s <= 0 and len(answers) < TURN_FRAMES:
+                coming = next(self._coming, None)
+                if coming is None:
+                    more = False
+                else:
+                    answer, wait_s = self._answer(*coming)
+                    answers.append(answer)
+            self._told(self._frames.discarded - discarded)
+        except Exception as error:  # noqa: BLE001  whoever awaits `serve` gets it
+            self._end(error)
+        if answers:
+            self._transport.write(b"".join(answers))
+        self._go_on(wait_s, more=more)
+
+    def _go_on(self, wait_s: float, *, more: bool) -> None:
+        if self._over.done() or not self._taken.is_set():
+            self._transport.pause_reading()
+        elif not more:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+            loop = asyncio.get_running_loop()
+            self._again = loop.call_later(wait_s, self._serve) if wait_s > 0 else loop.call_soon(self._serve)
+
+    def _end(self, error: Exception | None) -> None:
+        if self._over.done():
+            return
+        if error is None:
+            self._over.set_result(None)
+        else:
+            self._over.set_exception(error)
 
 
 def _price(kind: int, body: bytes) -> float:
