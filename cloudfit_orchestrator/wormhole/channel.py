@@ -269,8 +269,11 @@ class _Line(asyncio.BufferedProtocol):
                     answer, wait_s = self._answer(*coming)
                     answers.append(answer)
             self._told(self._frames.discarded - discarded)
-        except Exception as error:  # noqa: BLE001  whoever awaits `serve` gets it
+        except (BadError, Malformed) as error:
             self._end(error)
+        except Exception as error:
+            self._end(error)  # whoever awaits `serve` must not wait for ever
+            raise
         if answers:
             self._transport.write(b"".join(answers))
         self._go_on(wait_s, more=more)
