@@ -180,12 +180,12 @@ class _Line(asyncio.BufferedProtocol):
     """
 
     def __init__(self) -> None:
-        """Reads nothing before `serve`."""
+        """Answers nothing before `serve`, and reads but once."""
         self._transport: asyncio.Transport
         self._buffer = bytearray(READ_BYTES)
         self._frames = FrameReader(MAX_GUEST_FRAME, stale=True)
         self._coming: Iterator[tuple[int, int, bytes]] = iter(())
-        self._answer: Answer
+        self._answer: Answer | None = None  # None: nobody serves yet
         self._told: Callable[[int], None]
         self._again: asyncio.Handle | None = None  # what was read is not answered yet: goes on then
         self._taken = asyncio.Event()
@@ -197,7 +197,7 @@ class _Line(asyncio.BufferedProtocol):
         has to wait; `discarded` hears of bytes that belong to no frame. What either raises ends it, as do OSErrors.
         """
         self._answer, self._told = answer, discarded
-        self._transport.resume_reading()
+        self._serve()
         await self._over
 
     def write(self, data: bytes) -> None:
@@ -225,7 +225,6 @@ class _Line(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The guest's end is there, and not yet known to be the guest's."""
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.pause_reading()
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  asyncio's signature
         """Where to read to."""
@@ -234,7 +233,10 @@ class _Line(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """So much was read: all that came before is answered."""
         self._coming = self._frames.feed(bytes(memoryview(self._buffer)[:nbytes]))
-        self._serve()
+        if self._answer is None:  # not in `connection_made`: Python 3.11 begins to read after it all the same
+            self._transport.pause_reading()
+        else:
+            self._serve()
 
     def pause_writing(self) -> None:
         """The guest does not read: it is not read from either."""
@@ -255,7 +257,7 @@ class _Line(asyncio.BufferedProtocol):
     def _serve(self) -> None:
         """Answer some frames of those that were read, together, and say when the next ones have their turn."""
         self._again = None
-        if self._over.done() or not self._taken.is_set():
+        if self._answer is None or self._over.done() or not self._taken.is_set():
             return
         discarded = self._frames.discarded
         answers: list[bytes] = []

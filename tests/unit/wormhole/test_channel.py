@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import ssl
+import threading
 
 import pytest
 from cryptography import x509
@@ -433,6 +434,35 @@ def test_resync_inside_a_frame_is_the_senders_own_loss():
         assert (await guest.read())[0] == FrameKind.ERROR  # what follows RESYNC is no frame
         await guest.accept()
         assert (await guest.greet())[0] == FrameKind.WELCOME
+
+    run(scenario)
+
+
+def test_a_guest_that_greets_before_it_is_measured_is_answered_after(monkeypatch):
+    async def scenario(w):
+        verdict = threading.Event()
+        verdict.set()
+
+        def measure(uri, uuid, manifest):
+            assert verdict.wait(20)
+            return Measured(uuid, "sha256:0", f"{w.folder}/r0-1", isolated=True)
+
+        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_libvirt", measure)
+        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_attached", measure)
+        nothing = {"command_line": "", "verity_root": "", "parts": (), "packages": (), "lineage": "x"}
+        manifest = seal_manifest(Manifest("x", Role.REPLICA, adversary=False, **nothing), w.image_key)
+        guest = await w.admit(R0, machine=MachineRef("libvirt", uri="qemu:///system", uuid="u"), manifest=manifest)
+        assert (await guest.greet())[0] == FrameKind.WELCOME
+        verdict.clear()
+        guest.writer.close()
+        await guest.accept()
+        greeting = asyncio.create_task(guest.greet())
+        for _ in range(100):  # turns of the loop, which is the agent's, too
+            await asyncio.sleep(0)
+        assert not greeting.done()
+        assert counters(w)["served"] == 1
+        verdict.set()
+        assert (await greeting)[0] == FrameKind.WELCOME
 
     run(scenario)
 
