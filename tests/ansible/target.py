@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ CACHE = Path("/var/tmp/cloudfit-ansible-target")
 BUILD_TIMEOUT_S = 1800.0  # 2 minutes on an idle machine
 BOOT_TIMEOUT_S = 600.0  # 40 s on an idle machine without hardware virtualization
 STOP_TIMEOUT_S = 60.0
+PROBE_TIMEOUT_S = 20.0  # a second or two where it works
 MEMORY_MIB, CPUS, DISK_GIB = 1536, 2, 4
 # What a hypervisor host has before the role comes. Certificates, because installing them runs openssl 140 times.
 BASE = (
@@ -29,7 +31,7 @@ BASE = (
     "linux-image-cloud-amd64", "openssh-server", "polkitd", "python3", "python3-apt", "qemu-system-x86", "udev",
 )  # fmt: skip
 # What it brings; the test for `defaults/main.yml` sees that none is missing here.
-ROLE_PACKAGES = ("libvirt-daemon-system", "python3-libvirt", "python3-venv", "qemu-system-x86")
+ROLE_PACKAGES = ("libvirt-daemon-system", "ovmf", "python3-libvirt", "python3-venv", "qemu-system-x86")
 _NETWORK = """\
 [Match]
 Name=en* eth*
@@ -65,13 +67,15 @@ class Target:
     key: Path
     known_hosts: Path
     console: Path
+    sockets: Path  # directory of the connection that all of ssh share: each of its own takes seconds over there
 
     @property
     def ssh_options(self) -> list[str]:
         """For ssh and scp; the port is not among them, because these two spell it differently."""
         return [
             "-i", str(self.key), "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=yes",
-            "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=60",
+            "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=60", "-o", "ControlMaster=auto",
+            "-o", f"ControlPath={self.sockets}/%C", "-o", "ControlPersist=yes",
         ]  # fmt: skip
 
     def run(self, command: str, *, check: bool = True, timeout_s: float = 300.0) -> str:
@@ -86,10 +90,15 @@ class Target:
         scp = ["scp", *self.ssh_options, "-P", str(self.port), "-q", *map(str, files), f"root@127.0.0.1:{to}"]
         subprocess.run(scp, check=True, timeout=300)
 
+    def hang_up(self) -> None:
+        """End the shared connection, if there is one."""
+        ssh = ["ssh", *self.ssh_options, "-p", str(self.port), "-O", "exit", "root@127.0.0.1"]
+        subprocess.run(ssh, capture_output=True, check=False, timeout=60)
+
 
 def built() -> Path:
     """The directory with disk, kernel, initrd and keys, made once a machine and recipe. Needs root."""
-    recipe = repr((BASE, ROLE_PACKAGES, _CUSTOMIZE, _NETWORK, DISK_GIB))
+    recipe = repr((BASE, ROLE_PACKAGES, _CUSTOMIZE, _NETWORK, DISK_GIB, _sources()))
     place = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
@@ -160,29 +169,44 @@ def running(work: Path) -> Iterator[Target]:
     port = _free_port()
     known = work / "known_hosts"
     known.write_text(f"[127.0.0.1]:{port} {(place / 'host.pub').read_text()}")
-    process = subprocess.Popen(
-        [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-nodefaults",
-            "-display", "none", "-m", str(MEMORY_MIB), "-smp", str(CPUS), "-serial", f"file:{console}",
-            "-kernel", place / "vmlinuz", "-initrd", place / "initrd",
-            "-append", "root=/dev/vda rw console=ttyS0 quiet net.ifnames=0 random.trust_cpu=on",
-            "-drive", f"file={overlay},if=virtio,cache=unsafe",
-            "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22", "-device", "virtio-net-pci,netdev=n",
-            "-device", "virtio-rng-pci",
-        ],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(work / "qemu.err").open("wb"),
-    )  # fmt: skip
-    target = Target(port, place / "client", known, console)
-    try:
-        _wait_booted(target, process, work)
-        yield target
-    finally:
-        process.terminate()
+    with (work / "qemu.err").open("wb") as errors:
+        process = subprocess.Popen(
+            [
+                "qemu-system-x86_64", *_accelerators(place), "-cpu", "max", "-machine", "q35", "-nodefaults",
+                "-display", "none", "-m", str(MEMORY_MIB), "-smp", str(CPUS), "-serial", f"file:{console}",
+                "-kernel", place / "vmlinuz", "-initrd", place / "initrd",
+                "-append", "root=/dev/vda rw console=ttyS0 quiet net.ifnames=0 random.trust_cpu=on mitigations=off",
+                "-drive", f"file={overlay},if=virtio,cache=unsafe",
+                "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22",
+                "-device", "virtio-net-pci,netdev=n", "-device", "virtio-rng-pci",
+            ],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="cf-") as sockets:  # a socket's path may have few characters
+        target = Target(port, place / "client", known, console, Path(sockets))
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+            _wait_booted(target, process, work)
+            yield target
+        finally:
+            target.hang_up()
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(STOP_TIMEOUT_S)
+
+
+def _accelerators(place: Path) -> list[str]:
+    """QEMU's options: KVM if the target's kernel gets by it to where it misses its init; /dev/kvm alone says nothing."""
+    probe = [
+        "qemu-system-x86_64", "-accel", "kvm", "-cpu", "max", "-machine", "q35", "-nodefaults", "-display", "none",
+        "-m", "512", "-kernel", place / "vmlinuz", "-append", "panic=-1", "-no-reboot",
+    ]  # fmt: skip
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if subprocess.run(probe, capture_output=True, check=False, timeout=PROBE_TIMEOUT_S).returncode == 0:
+            return ["-accel", "kvm"]
+    return ["-accel", "tcg,thread=multi"]
 
 
 def _wait_booted(target: Target, process: subprocess.Popen[bytes], work: Path) -> None:
