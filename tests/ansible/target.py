@@ -198,7 +198,7 @@ def running(work: Path) -> Iterator[Target]:
 
 
 def _accelerators(place: Path) -> list[str]:
-    """QEMU's options: KVM if the target's kernel gets by it to where it misses its init; /dev/kvm alone says nothing."""
+    """QEMU's options: KVM if the target's kernel ends by it as it must without an init; /dev/kvm says little."""
     probe = [
         "qemu-system-x86_64", "-accel", "kvm", "-cpu", "max", "-machine", "q35", "-nodefaults", "-display", "none",
         "-m", "512", "-kernel", place / "vmlinuz", "-append", "panic=-1", "-no-reboot",

@@ -1,6 +1,6 @@
 """Module `agent_info`; see DOCUMENTATION."""
 
-import os
+import pathlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.cloudfit.orchestrator.plugins.module_utils.agent import ask, see, serving
@@ -19,6 +19,10 @@ options:
     description: The file of the agent's own key. It is not opened.
     type: path
     required: true
+  release:
+    description: Directory of the release that is wanted.
+    type: path
+    required: true
 attributes:
   check_mode:
     support: full
@@ -30,11 +34,16 @@ EXAMPLES = """
   cloudfit.orchestrator.agent_info:
     socket: /run/cloudfit/agent.sock
     identity: /var/lib/cloudfit-agent/identity.key
+    release: /opt/cloudfit-agent/releases/1e1cfc90b8b18119
 """
 
 RETURN = """
 identity:
   description: Whether there is a key of the agent's own.
+  returned: always
+  type: bool
+complete:
+  description: Whether the release is laid out completely.
   returned: always
   type: bool
 key:
@@ -55,7 +64,7 @@ running:
 
 def main():
     """Look, and say."""
-    spec = {"socket": {"type": "path", "required": True}, "identity": {"type": "path", "required": True}}
+    spec = {name: {"type": "path", "required": True} for name in ("socket", "identity", "release")}
     module = AnsibleModule(spec, supports_check_mode=True)
     try:
         status = ask(module.params["socket"])
@@ -63,7 +72,8 @@ def main():
         status = {"key": "", "guests": []}
     module.exit_json(
         changed=False,
-        identity=os.path.exists(module.params["identity"]),  # noqa: PTH110  as short
+        identity=pathlib.Path(module.params["identity"]).exists(),
+        complete=pathlib.Path(module.params["release"], "complete").exists(),
         key=status["key"],
         serving=serving(status),
         running=see(module).running,
