@@ -102,6 +102,17 @@ class Operator:
         counts = {k: int(v) for k, v in (word.split("=") for word in recap[1].split())} if recap else {}
         return Outcome(done.returncode, counts, done.stdout + done.stderr)
 
+    def foretold(self, module: str, arguments: dict[str, object]) -> dict[str, object]:
+        """What one of the collection's modules answers in check mode."""
+        words = ["-i", self.work / "hosts.yml", "target", "--check", "-m", f"cloudfit.orchestrator.{module}"]
+        done = subprocess.run(
+            [collection.program("ansible"), *words, "-a", json.dumps(arguments)],
+            cwd=self.work, env=collection.environment(self.work), capture_output=True, text=True, check=False,
+            timeout=PLAY_TIMEOUT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout[done.stdout.index("{") :])
+
     @contextlib.contextmanager
     def agent(self) -> Iterator[AgentClient]:
         """The agent, reached as the controller reaches it."""

@@ -287,6 +287,9 @@ def test_what_is_held_back_is_said_until_it_is_done(
     again = succeeded(operator.play(agent_restart=False, **change))
     assert again.counts["changed"] == 0, again.output
     assert "target: the agent still runs with its former set-up" in again.text
+    # nor would it be restarted in a run that has ended epochs on another host
+    after_another = operator.foretold("agent_service", {"setup": "other", "restart": "idle", "socket": SOCKET})
+    assert (after_another["pending"], after_another["serving"], after_another["ended"]) == (True, ["g/r0#1"], [])
     tidied = succeeded(operator.play(playbook="tidy"))
     assert tidied.counts["changed"] == 0, "both set-ups are in use: one by the process, one by its next start"
     assert agent_pid(host) == pid
