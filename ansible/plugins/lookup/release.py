@@ -44,7 +44,7 @@ _raw:
   elements: str
 """
 
-LAYOUT = "2"  # another one lays the same code out in another way
+LAYOUT = "3"  # another one lays the same code out in another way
 ENTRY = "cloudfit_orchestrator/wormhole/main.py"
 BUILD = "build it in the project's directory: pip wheel --no-deps -w dist ."
 

@@ -59,7 +59,8 @@ files:
   elements: path
 """
 
-FILE_MODE, DIRECTORY_MODE = 0o644, 0o755
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
 
 
 def main():
