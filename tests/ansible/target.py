@@ -208,6 +208,8 @@ def _machine(place: Path, work: Path, port: int, accelerators: list[str]) -> Ite
 @contextlib.contextmanager
 def _container(place: Path, work: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """Its mounts are in a name space of its own, and go with it; its network has no way out but the forwarded port."""
+    hint = "systemd-nspawn is not installed; run: apt-get install systemd-container, or CLOUDFIT_ANSIBLE_TARGET=machine"
+    assert shutil.which("systemd-nspawn", path=_PATH) is not None, hint
     name = f"cloudfit-{port}"
     for part in ("below", "above", "scratch", "root"):
         (work / part).mkdir()
