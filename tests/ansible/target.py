@@ -241,6 +241,7 @@ cd "$2"
 mount -o loop,ro,noload "$1" below
 mount -t overlay -o lowerdir=below,upperdir=above,workdir=scratch overlay root
 : >root/etc/fstab
+echo 'cgroup_controllers = []' >>root/etc/libvirt/qemu.conf  # a container may make none of them
 exec systemd-nspawn --quiet --register=no --keep-unit --boot --private-network --machine="$0" --directory=root
 """
 # In the container's network: hands the listening socket's connections, which is this host's, on to its sshd.
