@@ -171,6 +171,15 @@ def test_the_agent_is_enrolled_and_its_entry_is_fit_for_a_spec(operator: Operato
     assert cloud.uri == f"qemu+ssh://root@127.0.0.1:{operator.target.port}/system"
 
 
+def test_enrolment_can_be_done_by_itself(operator: Operator) -> None:
+    files = [operator.enrolled / name for name in ("target.pub", "target.cloud.yaml")]
+    before = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    assert succeeded(operator.play("--tags", "enrol")).changed == ENROL[1:]
+    assert [file.read_text() for file in files] == before
+
+
 def test_another_identity_under_an_enrolled_name_is_refused(operator: Operator, host: Remote) -> None:
     enrolled = operator.enrolled / "target.pub"
     right = enrolled.read_text()
@@ -364,3 +373,4 @@ def test_it_is_taken_off_only_if_it_serves_nobody(operator: Operator, host: Remo
     assert host.run("find / -xdev -name '*cloudfit-agent*' -not -path '/var/log/*'").stdout == ""
     assert host.check_output("systemctl show -P LoadState cloudfit-agent") == "not-found"
     assert not list(operator.enrolled.iterdir())
+    assert succeeded(operator.play(playbook="uninstall")).counts["changed"] == 0
