@@ -85,7 +85,7 @@ test-openstack-faults: openstack-lab
 
 test-ansible: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,ansible]'
-	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m ansible
+	$(AS_ROOT) $(BIN)/pytest -p no:cacheprovider -m ansible tests/ansible/test_collection.py tests/ansible/test_agent_role.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info

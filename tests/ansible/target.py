@@ -1,8 +1,8 @@
-"""A Debian 12 hypervisor host to apply the collection to: systemd, sshd, libvirtd, in a QEMU machine.
+"""A Debian 12 hypervisor host to apply the collection to: systemd, sshd, libvirtd, in a QEMU machine or a container.
 
 The disk is built once from the machine's own apt sources and kept; every run works on an overlay of it. The packages
 that the role installs lie in the target's apt cache and not in its system, because the target has no way out to a
-mirror. QEMU is started directly, with its user network: no root, no bridge and no libvirtd of this host are needed.
+mirror. QEMU is started directly, with its user network: no bridge and no libvirtd of this host are needed.
 """
 
 import contextlib
@@ -12,15 +12,19 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CACHE = Path("/var/tmp/cloudfit-ansible-target")
 BUILD_TIMEOUT_S = 1800.0  # 2 minutes on an idle machine
 BOOT_TIMEOUT_S = 600.0  # 40 s on an idle machine without hardware virtualization
 STOP_TIMEOUT_S = 60.0
+PROBE_TIMEOUT_S = 20.0  # a second or two where it works
 MEMORY_MIB, CPUS, DISK_GIB = 1536, 2, 4
 # What a hypervisor host has before the role comes. Certificates, because installing them runs openssl 140 times.
 BASE = (
@@ -29,7 +33,7 @@ BASE = (
     "linux-image-cloud-amd64", "openssh-server", "polkitd", "python3", "python3-apt", "qemu-system-x86", "udev",
 )  # fmt: skip
 # What it brings; the test for `defaults/main.yml` sees that none is missing here.
-ROLE_PACKAGES = ("libvirt-daemon-system", "python3-libvirt", "python3-venv", "qemu-system-x86")
+ROLE_PACKAGES = ("libvirt-daemon-system", "ovmf", "python3-libvirt", "python3-venv", "qemu-system-x86")
 _NETWORK = """\
 [Match]
 Name=en* eth*
@@ -65,13 +69,15 @@ class Target:
     key: Path
     known_hosts: Path
     console: Path
+    sockets: Path  # directory of the connection that all of ssh share: each of its own takes seconds over there
 
     @property
     def ssh_options(self) -> list[str]:
         """For ssh and scp; the port is not among them, because these two spell it differently."""
         return [
             "-i", str(self.key), "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=yes",
-            "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=60",
+            "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=60", "-o", "ControlMaster=auto",
+            "-o", f"ControlPath={self.sockets}/%C", "-o", "ControlPersist=yes",
         ]  # fmt: skip
 
     def run(self, command: str, *, check: bool = True, timeout_s: float = 300.0) -> str:
@@ -86,10 +92,15 @@ class Target:
         scp = ["scp", *self.ssh_options, "-P", str(self.port), "-q", *map(str, files), f"root@127.0.0.1:{to}"]
         subprocess.run(scp, check=True, timeout=300)
 
+    def hang_up(self) -> None:
+        """End the shared connection, if there is one."""
+        ssh = ["ssh", *self.ssh_options, "-p", str(self.port), "-O", "exit", "root@127.0.0.1"]
+        subprocess.run(ssh, capture_output=True, check=False, timeout=60)
+
 
 def built() -> Path:
     """The directory with disk, kernel, initrd and keys, made once a machine and recipe. Needs root."""
-    recipe = repr((BASE, ROLE_PACKAGES, _CUSTOMIZE, _NETWORK, DISK_GIB))
+    recipe = repr((BASE, ROLE_PACKAGES, _CUSTOMIZE, _NETWORK, DISK_GIB, _sources()))
     place = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
@@ -151,44 +162,160 @@ def _sources() -> list[str]:
 
 @contextlib.contextmanager
 def running(work: Path) -> Iterator[Target]:
-    """A target on a fresh overlay in the directory `work`; gone at the end."""
+    """A target on a fresh overlay in the directory `work`; gone at the end.
+
+    A machine where KVM works, else a container of systemd-nspawn, which boots the same disk at the speed of this host;
+    CLOUDFIT_ANSIBLE_TARGET=machine or container decides otherwise.
+    """
     place = built()
-    overlay, console = work / "disk.qcow2", work / "console.log"
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", place / "disk.raw", overlay], check=True
-    )
+    accelerators = _accelerators(place)
+    kind = os.environ.get("CLOUDFIT_ANSIBLE_TARGET") or ("machine" if "kvm" in accelerators else "container")
+    assert kind in ("machine", "container"), f"CLOUDFIT_ANSIBLE_TARGET is {kind!r}: machine or container"
     port = _free_port()
     known = work / "known_hosts"
     known.write_text(f"[127.0.0.1]:{port} {(place / 'host.pub').read_text()}")
-    process = subprocess.Popen(
-        [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-nodefaults",
-            "-display", "none", "-m", str(MEMORY_MIB), "-smp", str(CPUS), "-serial", f"file:{console}",
-            "-kernel", place / "vmlinuz", "-initrd", place / "initrd",
-            "-append", "root=/dev/vda rw console=ttyS0 quiet net.ifnames=0 random.trust_cpu=on",
-            "-drive", f"file={overlay},if=virtio,cache=unsafe",
-            "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22", "-device", "virtio-net-pci,netdev=n",
-            "-device", "virtio-rng-pci",
-        ],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(work / "qemu.err").open("wb"),
-    )  # fmt: skip
-    target = Target(port, place / "client", known, console)
+    with tempfile.TemporaryDirectory(prefix="cf-") as sockets:  # a socket's path may have few characters
+        target = Target(port, place / "client", known, work / "console.log", Path(sockets))
+        with (
+            _machine(place, work, port, accelerators) if kind == "machine" else _container(place, work, port) as process
+        ):
+            try:
+                _wait_booted(target, process)
+                yield target
+            finally:
+                target.hang_up()
+
+
+@contextlib.contextmanager
+def _machine(place: Path, work: Path, port: int, accelerators: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    overlay = work / "disk.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", place / "disk.raw", overlay], check=True
+    )
+    command = [
+        "qemu-system-x86_64", *accelerators, "-cpu", "max", "-machine", "q35", "-nodefaults", "-display", "none",
+        "-m", str(MEMORY_MIB), "-smp", str(CPUS), "-serial", "stdio",
+        "-kernel", place / "vmlinuz", "-initrd", place / "initrd",
+        "-append", "root=/dev/vda rw console=ttyS0 quiet net.ifnames=0 random.trust_cpu=on mitigations=off",
+        "-drive", f"file={overlay},if=virtio,cache=unsafe",
+        "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22", "-device", "virtio-net-pci,netdev=n",
+        "-device", "virtio-rng-pci",
+    ]  # fmt: skip
+    with _started(command, work) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def _container(place: Path, work: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Its mounts are in a name space of its own, and go with it; its network has no way out but the forwarded port."""
+    hint = "systemd-nspawn is not installed; run: apt-get install systemd-container, or CLOUDFIT_ANSIBLE_TARGET=machine"
+    assert shutil.which("systemd-nspawn", path=_PATH) is not None, hint
+    name = f"cloudfit-{port}"
+    for part in ("below", "above", "scratch", "root"):
+        (work / part).mkdir()
+    command = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-ec",
+        _CONTAINER,
+        name,
+        place / "disk.raw",
+        work,
+    ]
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(_started(command, work))
+        init = _child(process)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        forward = ["nsenter", "--target", str(init), "--net", sys.executable, "-c", _FORWARD, str(listener.fileno())]
+        forwarder = subprocess.Popen(forward, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
+        stack.callback(_stop, forwarder)
+        yield process
+
+
+# $0: name, $1: disk, $2: directory for the overlay.
+_CONTAINER = """
+cd "$2"
+mount -o loop,ro,noload "$1" below
+mount -t overlay -o lowerdir=below,upperdir=above,workdir=scratch overlay root
+: >root/etc/fstab
+echo 'cgroup_controllers = []' >>root/etc/libvirt/qemu.conf  # a container may make none of them
+exec systemd-nspawn --quiet --register=no --keep-unit --boot --private-network --machine="$0" --directory=root
+"""
+# In the container's network: hands the listening socket's connections, which is this host's, on to its sshd.
+_FORWARD = """
+import socket, sys, threading
+def copy(a, b):
     try:
-        _wait_booted(target, process, work)
-        yield target
-    finally:
-        process.terminate()
+        while data := a.recv(65536):
+            b.sendall(data)
+        b.shutdown(socket.SHUT_WR)
+    except OSError:
+        a.close()
+        b.close()
+with socket.socket(fileno=int(sys.argv[1])) as listener:
+    while True:
+        near = listener.accept()[0]
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+            far = socket.create_connection(("127.0.0.1", 22))
+        except OSError:
+            near.close()
+            continue
+        for pair in ((near, far), (far, near)):
+            threading.Thread(target=copy, args=pair, daemon=True).start()
+"""
 
 
-def _wait_booted(target: Target, process: subprocess.Popen[bytes], work: Path) -> None:
+@contextlib.contextmanager
+def _started(command: list[Any], work: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (work / "console.log").open("wb") as console:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(STOP_TIMEOUT_S)
+
+
+def _child(process: subprocess.Popen[bytes]) -> int:
+    """The first process of the container that `process` has become, or is about to."""
     deadline = time.monotonic() + BOOT_TIMEOUT_S
     while True:
-        assert process.poll() is None, f"QEMU ended: {(work / 'qemu.err').read_text()}"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
+                return int(child)
+        assert process.poll() is None, "the container ended; see console.log"
+        assert time.monotonic() < deadline, "the container has no init"
+        time.sleep(0.2)
+
+
+def _accelerators(place: Path) -> list[str]:
+    """QEMU's options: KVM if the target's kernel ends by it as it must without an init; /dev/kvm says little."""
+    probe = [
+        "qemu-system-x86_64", "-accel", "kvm", "-cpu", "max", "-machine", "q35", "-nodefaults", "-display", "none",
+        "-m", "512", "-kernel", place / "vmlinuz", "-append", "panic=-1", "-no-reboot",
+    ]  # fmt: skip
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if subprocess.run(probe, capture_output=True, check=False, timeout=PROBE_TIMEOUT_S).returncode == 0:
+            return ["-accel", "kvm"]
+    return ["-accel", "tcg,thread=multi"]
+
+
+def _wait_booted(target: Target, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + BOOT_TIMEOUT_S
+    while True:
+        assert process.poll() is None, f"the target ended: {target.console.read_text(errors='replace')[-2000:]}"
         with contextlib.suppress(subprocess.TimeoutExpired):
             state = target.run("systemctl is-system-running", check=False, timeout_s=90.0).strip()
             if state in ("running", "degraded"):
