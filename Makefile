@@ -25,7 +25,7 @@ help:
 	@echo 'make openstack-lab-down  stop them'
 	@echo 'make test-openstack      tests against them (test-openstack-faults: with calls spoilt, half an hour and more)'
 	@echo 'make fuzz    every decoder for SECONDS=60, guided by coverage (docs/fuzzing.md)'
-	@echo 'make test-ansible        the Ansible collection on a Debian machine made for it'
+	@echo 'make test-ansible        the Ansible collection on a Debian host made for it'
 	@echo 'make setup   only install what is needed'
 	@echo 'make clean   remove .venv and caches'
 
