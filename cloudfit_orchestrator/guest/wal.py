@@ -3,9 +3,6 @@
 File: magic 8 ‖ salt 8 ‖ frames; frame: `length u32 ‖ check u32 ‖ record`. The check is a CRC-32 over salt, length and
 record: it finds torn writes and rot, not malice (whoever can write this disk owns the replica). The salt is new for
 each file, so blocks of an older log that the file system hands out again never pass as this one's.
-
-Behind the frames zeros are written ahead. What is written over them changes no metadata, so the file system's own
-journal need not be synced with it: a sync takes half the time.
 """
 
 import os
@@ -26,7 +23,6 @@ from cloudfit_orchestrator.guest.storage import (
 from cloudfit_orchestrator.model.errors import BadInputError
 
 MAX_RECORD = 16 << 20  # bytes; the largest is a NEW-VIEW with its view changes, a peer frame of 8 MiB and its headers
-AHEAD_BYTES = 1 << 20  # of zeros: tens to thousands of rounds, and little beside the smallest state disk
 _MAGIC = b"CFwal\x00\x001"
 _SALT_BYTES = 8
 _HEADER_BYTES = len(_MAGIC) + _SALT_BYTES
@@ -46,7 +42,6 @@ class WriteAheadLog:
         self._read_only = read_only
         self._failed = False
         self._salt = b""
-        self._ahead = 0  # where the zeros written ahead end
         with disk_errors("open log", path):
             if not read_only and not self._begins_well():
                 self.cut_bytes = path.stat().st_size if path.exists() else 0
@@ -62,7 +57,7 @@ class WriteAheadLog:
 
     @property
     def size(self) -> int:
-        """Bytes of the file, without the zeros behind the frames."""
+        """Bytes of the file."""
         return self._end
 
     def append(self, records: Iterable[bytes]) -> None:
@@ -77,14 +72,9 @@ class WriteAheadLog:
             return
         with disk_errors("append to log", self.path):
             try:
-                if self._end + len(data) <= self._ahead:
-                    self._write(data)
-                else:
-                    self._write(data + bytes(AHEAD_BYTES))
-                    self._ahead = self._end + len(data) + AHEAD_BYTES
+                self._write(data)
             except OSError:
                 self._file.truncate(self._end)
-                self._ahead = 0
                 raise
             self._sync()
         self._end += len(data)
@@ -105,7 +95,7 @@ class WriteAheadLog:
         with disk_errors("open log", self.path):
             self._file.close()
             self._file = self.path.open("r+b", buffering=0)
-            self._end, self._ahead = self._file.seek(0, os.SEEK_END), 0
+            self._end = self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Close the file; what was appended is durable already."""
@@ -153,28 +143,15 @@ class WriteAheadLog:
                 file.seek(_HEADER_BYTES)
                 for record in self._frames(file, size):
                     self._end += _FRAME.size + len(record)
-        written = self._last_written(size)
-        self.cut_bytes += written - self._end
+        self.cut_bytes += size - self._end
         if self._read_only:
             return
-        if written > self._end:
+        if size > self._end:
             self._file.truncate(self._end)
-        else:
-            self._ahead = size
         # A process that ended between write and fsync, or rename and fsync, left what only the page cache has. What
         # is read here is said again, and nothing new need be written before: so it is made durable now.
         self._sync()
         sync_directory(self.path.parent)
-
-    def _last_written(self, size: int) -> int:
-        """The end of what is neither frames nor zeros written ahead."""
-        end = self._end
-        with open_regular(self.path) as file:
-            file.seek(end)
-            for at in range(end, size, AHEAD_BYTES):
-                some = file.read(min(AHEAD_BYTES, size - at)).rstrip(b"\0")
-                end = at + len(some) if some else end
-        return end
 
     def _frames(self, file: BinaryIO, end: int) -> Iterator[bytes]:
         at = _HEADER_BYTES
