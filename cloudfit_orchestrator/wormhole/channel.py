@@ -191,6 +191,7 @@ class _Line(asyncio.BufferedProtocol):
         self._taken = asyncio.Event()
         self._taken.set()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._over.add_done_callback(lambda over: over.cancelled() or over.exception())  # perhaps nobody ever serves
 
     async def serve(self, answer: Answer, discarded: Callable[[int], None]) -> None:
         """Until the guest closes the connection. `answer` gives a frame's answer, and the seconds that the next frame

@@ -438,6 +438,17 @@ def test_resync_inside_a_frame_is_the_senders_own_loss():
     run(scenario)
 
 
+async def welcomed(w, monkeypatch, measure):
+    """A guest of libvirt's that has greeted; `measure` says what is found behind each connection."""
+    monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_libvirt", measure)
+    monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_attached", measure)
+    nothing = {"command_line": "", "verity_root": "", "parts": (), "packages": (), "lineage": "x"}
+    manifest = seal_manifest(Manifest("x", Role.REPLICA, adversary=False, **nothing), w.image_key)
+    guest = await w.admit(R0, machine=MachineRef("libvirt", uri="qemu:///system", uuid="u"), manifest=manifest)
+    assert (await guest.greet())[0] == FrameKind.WELCOME
+    return guest
+
+
 def test_a_guest_that_greets_before_it_is_measured_is_answered_after(monkeypatch):
     async def scenario(w):
         verdict = threading.Event()
@@ -447,12 +458,7 @@ def test_a_guest_that_greets_before_it_is_measured_is_answered_after(monkeypatch
             assert verdict.wait(20)
             return Measured(uuid, "sha256:0", f"{w.folder}/r0-1", isolated=True)
 
-        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_libvirt", measure)
-        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_attached", measure)
-        nothing = {"command_line": "", "verity_root": "", "parts": (), "packages": (), "lineage": "x"}
-        manifest = seal_manifest(Manifest("x", Role.REPLICA, adversary=False, **nothing), w.image_key)
-        guest = await w.admit(R0, machine=MachineRef("libvirt", uri="qemu:///system", uuid="u"), manifest=manifest)
-        assert (await guest.greet())[0] == FrameKind.WELCOME
+        guest = await welcomed(w, monkeypatch, measure)
         verdict.clear()
         guest.writer.close()
         await guest.accept()
@@ -478,12 +484,7 @@ def test_another_machine_behind_the_same_channel_is_measured_again_and_gets_noth
                 raise verdict
             return Measured(uuid, "sha256:0", f"{w.folder}/r0-1", isolated=True)
 
-        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_libvirt", measure)
-        monkeypatch.setattr("cloudfit_orchestrator.wormhole.host.measure_attached", measure)
-        nothing = {"command_line": "", "verity_root": "", "parts": (), "packages": (), "lineage": "x"}
-        manifest = seal_manifest(Manifest("x", Role.REPLICA, adversary=False, **nothing), w.image_key)
-        guest = await w.admit(R0, machine=MachineRef("libvirt", uri="qemu:///system", uuid="u"), manifest=manifest)
-        assert (await guest.greet())[0] == FrameKind.WELCOME
+        guest = await welcomed(w, monkeypatch, measure)
         verdicts += [BadError("kernel: differs"), UnknownError("libvirt does not answer"), None]
         guest.writer.close()
         for _ in range(2):
