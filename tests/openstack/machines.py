@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import openstack
+import pytest
 from openstack.connection import Connection
 
 from cloudfit_orchestrator.clouds.base import MachineSpec, NetworkSpec, Ownership, StateDisk
@@ -14,7 +15,8 @@ from cloudfit_orchestrator.clouds.openstack import OpenStackCloud
 from cloudfit_orchestrator.clouds.openstack_api import Api
 from cloudfit_orchestrator.model.image import Role
 from cloudfit_orchestrator.model.spec import OpenStackPlace
-from tests.openstack.lab.layout import DEFAULT_HOME
+from tests.openstack.lab.layout import DEFAULT_HOME, Lab
+from tests.user import User
 
 HOME = Path(os.environ.get("CLOUDFIT_LAB", DEFAULT_HOME))
 GREETING = "DRIVER-GUEST"
@@ -39,6 +41,16 @@ def driving(lab, directory, clouds_yaml=None, **changes):
     place = place_of(lab, **changes)
     api = Api(place.cloud, place.region, files=[clouds_yaml or lab["clouds_yaml"]], read_timeout_s=READ_TIMEOUT_S)
     return OpenStackCloud(home=directory, place=place, api=api)
+
+
+@contextlib.contextmanager
+def user_of_lab(group, spec):
+    """Someone with a home and `spec()` for a group over the lab's clouds; its group is gone afterwards."""
+    lab = Lab(HOME)
+    if not lab.spec.exists():
+        pytest.fail(f"no lab in {HOME}; run: make openstack-lab")
+    with User.at_work(group, spec(), OS_CLIENT_CONFIG_FILE=str(lab.clouds_yaml)) as someone:
+        yield someone
 
 
 @contextlib.contextmanager

@@ -2,20 +2,18 @@
 config drive (docs/decisions/0014). The other two replicas of four stand on this host's libvirt.
 """
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.openstack.lab.layout import DEFAULT_CLOUDS, DEFAULT_HOME, Lab
-from tests.openstack.machines import everything
+from tests.openstack.lab.layout import DEFAULT_CLOUDS, Lab
+from tests.openstack.machines import HOME, everything, user_of_lab
 from tests.user import User
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(2700)]
 
-LAB = Lab(Path(os.environ.get("CLOUDFIT_LAB", DEFAULT_HOME)))
+LAB = Lab(HOME)
 GROUP = "nonelab"
 
 
@@ -31,9 +29,7 @@ def spec() -> str:
 
 @pytest.fixture
 def user() -> Iterator[User]:
-    if not LAB.spec.exists():
-        pytest.fail(f"no lab in {LAB.home}; run: make openstack-lab")
-    with User.at_work(GROUP, spec(), OS_CLIENT_CONFIG_FILE=str(LAB.clouds_yaml)) as someone:
+    with user_of_lab(GROUP, spec) as someone:
         yield someone
 
 
