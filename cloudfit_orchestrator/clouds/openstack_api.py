@@ -442,10 +442,15 @@ class Api:
     def remembered(self, what: tuple[str, ...], look: Callable[[], _T]) -> _T:
         """What `look` found when `what` was asked for first: for what outlives single machines. See `until`."""
         known = self._known  # another thread may forget meanwhile: then this one is nobody's any more
-        if what not in known:
-            known[what] = look()
-        found: _T = known[what]
-        return found
+
+        def find() -> _T:
+            if what not in known:
+                known[what] = look()
+            found: _T = known[what]
+            return found
+
+        # Threads that want what is missing at the same time must not each make it: duplicates would have to be removed.
+        return find() if what in known else self._shared.ask(("remembered", id(known), what), find)
 
     def forget(self) -> bool:
         """Look up everything anew from now on; False if nothing was remembered."""

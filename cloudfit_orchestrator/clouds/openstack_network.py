@@ -65,11 +65,11 @@ class Network:
 
     # Ports
 
-    def ports(self) -> list[dict[str, Any]]:
-        """All ports of the project on the network."""
+    def ports(self, **only: str) -> list[dict[str, Any]]:
+        """All ports of the project on the network, or `only` some: a list costs Neutron what it shows."""
         return self._api.list(
             "network", "/ports", "ports", f"list the ports on {self.name}",
-            network_id=str(self.require()["id"]), project_id=self._api.project(), limit=_PAGE,
+            network_id=str(self.require()["id"]), project_id=self._api.project(), limit=_PAGE, **only,
         )  # fmt: skip
 
     def reserve(self, wanted: Reservation) -> str:
@@ -77,7 +77,8 @@ class Network:
         tried = f"reserve an address for {wanted.name}"
 
         def there() -> list[dict[str, Any]]:
-            found = [p for p in self.ports() if Reservation.from_label(p.get("description")) == wanted]
+            named = self.ports(name=wanted.name)
+            found = [p for p in named if Reservation.from_label(p.get("description")) == wanted]
             return sorted(found, key=lambda p: (str(p.get("created_at")), str(p["id"])))
 
         def step() -> str | None:
@@ -106,17 +107,18 @@ class Network:
     def take(self, owner: Ownership, address: str) -> dict[str, Any]:
         """The machine's port with that address: the one that was reserved becomes its own, or one is made."""
         tried = f"give {owner.name} the address {address}"
-        named = {"name": owner.name, "description": label(owner)}
+        name, mine = Reservation.of(owner).name, {"description": label(owner)}
 
         def step() -> dict[str, Any] | None:
-            here = self.ports()
-            port = next((p for p in here if _address(p) == address), None)
+            here = self.ports(name=name)
+            at_it = [p for p in here if _address(p) == address] or self.ports(fixed_ips=f"ip_address={address}")
+            port = next((p for p in at_it if _address(p) == address), None)
             if port is None:
                 fixed = {"subnet_id": self.subnet()["id"], "ip_address": address}
                 groups = [self.ensure_group(owner.deployment, owner.group)]
                 place = {"network_id": self.require()["id"], "fixed_ips": [fixed], "security_groups": groups}
                 try:
-                    self._api.make("network", "/ports", {"port": {**named, **place}}, tried)
+                    self._api.make("network", "/ports", {"port": {"name": name, **mine, **place}}, tried)
                 except RejectedError as error:
                     raise PermanentError(
                         f"{tried}: its port is gone, and another one cannot be made: {error.fact}",
@@ -135,7 +137,7 @@ class Network:
             for extra in here:  # of a reservation whose answer was lost, or that was carried out twice
                 if extra is not port and Reservation.from_label(extra.get("description")) == reserved:
                     self.remove_port(extra)
-            return _told(self._api.put("network", f"/ports/{port['id']}", {"port": named}, tried), label(owner))
+            return _told(self._api.put("network", f"/ports/{port['id']}", {"port": mine}, tried), label(owner))
 
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
@@ -165,11 +167,11 @@ class Network:
 
     # Security groups
 
-    def groups(self, deployment: str) -> list[dict[str, Any]]:
-        """Our security groups, oldest first."""
+    def groups(self, deployment: str, **only: str) -> list[dict[str, Any]]:
+        """Our security groups, or `only` some of them, oldest first."""
         found = self._api.list(
             "network", "/security-groups", "security_groups", f"list the security groups of {deployment}",
-            project_id=self._api.project(), limit=_PAGE,
+            project_id=self._api.project(), limit=_PAGE, **only,
         )  # fmt: skip
         ours = [g for g in found if (group_of_label(g.get("description")) or ("",))[0] == deployment]
         return sorted(ours, key=lambda g: (str(g.get("created_at")), str(g["id"])))
@@ -184,7 +186,7 @@ class Network:
         body = {"security_group": {"name": f"{deployment}-{group}", "description": text}}
 
         def there() -> list[dict[str, Any]]:
-            return [g for g in self.groups(deployment) if g["description"] == text]
+            return [g for g in self.groups(deployment, description=text) if g["description"] == text]
 
         def step() -> str | None:
             found = there()

@@ -12,6 +12,7 @@ from cloudfit_orchestrator.clouds.openstack_tags import (
     deployment_tag,
     group_label,
     group_of_label,
+    group_tag,
     metadata,
     owner_of,
 )
@@ -52,6 +53,11 @@ def state_of(server: Mapping[str, Any]) -> MachineState:
     return _STATES.get(str(server.get("status")), MachineState.STOPPED)
 
 
+def _is(server: Mapping[str, Any], owner: Ownership) -> bool:
+    found = owner_of(server.get("metadata"))
+    return found is not None and found.identity == owner.identity
+
+
 def fault_of(server: Mapping[str, Any]) -> str:
     """Nova's own words of why a server failed."""
     fault = server.get("fault") or {}
@@ -66,42 +72,49 @@ class Servers:
 
     def of_deployment(self, deployment: str) -> list[dict[str, Any]]:
         """All servers with a complete tag set of the deployment, oldest first; none that is being deleted."""
-        found = self._api.list(
-            "compute", "/servers/detail", "servers", f"list the servers of {deployment}",
-            tags=deployment_tag(deployment), limit=_PAGE,
-        )  # fmt: skip
-        ours = [s for s in found if (o := owner_of(s.get("metadata"))) is not None and o.deployment == deployment]
-        alive = [s for s in ours if s.get("status") not in ("DELETED", "SOFT_DELETED")]
+        found = self._list(f"list the servers of {deployment}", tags=deployment_tag(deployment))
+        return [s for s in found if (o := owner_of(s.get("metadata"))) is not None and o.deployment == deployment]
+
+    def _list(self, tried: str, **only: str) -> list[dict[str, Any]]:
+        found = self._api.list("compute", "/servers/detail", "servers", tried, **only, limit=_PAGE)
+        alive = [s for s in found if s.get("status") not in ("DELETED", "SOFT_DELETED")]
         return sorted(alive, key=lambda s: (str(s.get("created")), str(s["id"])))
 
-    def all_of(self, owner: Ownership) -> list[dict[str, Any]]:
-        """Every server of that identity, oldest first: more than one only after a creation whose answer was lost."""
-        return [
-            s for s in self.of_deployment(owner.deployment)
-            if (o := owner_of(s.get("metadata"))) is not None and o.identity == owner.identity
-        ]  # fmt: skip
+    def all_of(self, owner: Ownership, *, alone: bool = False) -> list[dict[str, Any]]:
+        """Every server of that identity, oldest first: more than one only after a creation whose answer was lost.
+
+        `alone`: RefusedError if there is none and a stranger wears its name.
+        """
+        # Both lists are of the whole group: threads that make its machines at the same time share them.
+        tried = f"look up the machines of {owner.group}"
+        found = [s for s in self._list(tried, tags=group_tag(owner)) if _is(s, owner)]
+        if found:
+            return found
+        pattern = f"^{owner.deployment}-{owner.group}-".replace(".", r"\.")
+        named = [s for s in self._list(tried, name=pattern) if s.get("name") == owner.name]
+        found = [s for s in named if _is(s, owner)]  # somebody took the tag away, which identifies nothing
+        if alone and named and not found:
+            raise RefusedError(
+                f"server {owner.name} ({named[0]['id']}) in {self._api.name} wears the name of a machine of ours, "
+                "but not its tags: not touched",
+                next_command=f"openstack --os-cloud {self._api.cloud} server show {named[0]['id']}; rename it",
+            )
+        return found
+
+    def _ours(self, identity: str, owner: Ownership) -> list[dict[str, Any]]:
+        """The server with that id, if it is that machine: lists may be late to show what was just made."""
+        server = self.get(identity) if identity else None
+        return [server] if server is not None and _is(server, owner) else []
+
+    def _still_built(self, identity: str, owner: Ownership) -> bool:
+        """Whether Nova is building that server: a list of those that are, which all threads that wait share."""
+        tried = f"list the servers of {owner.deployment} that are being built"
+        found = self._list(tried, tags=deployment_tag(owner.deployment), status="BUILD")
+        return any(s["id"] == identity for s in found)
 
     def find(self, owner: Ownership) -> dict[str, Any] | None:
         """The server of that identity. RefusedError if there is none and a stranger wears its name."""
-        found = self.all_of(owner)
-        if not found:
-            self._check_name(owner)
-        return found[0] if found else None
-
-    def _check_name(self, owner: Ownership) -> None:
-        """RefusedError if a stranger wears the name of that machine of ours, which does not exist."""
-        # One question about all names of the deployment: threads that make several machines share its answer.
-        pattern = "^" + owner.deployment.replace(".", r"\.") + "-"
-        for other in self._api.list(
-            "compute", "/servers/detail", "servers", f"look up {owner.name}", name=pattern, limit=_PAGE
-        ):
-            theirs = owner_of(other.get("metadata"))
-            if other.get("name") == owner.name and (theirs is None or theirs.identity != owner.identity):
-                raise RefusedError(
-                    f"server {other['name']} ({other['id']}) in {self._api.name} wears the name of a machine of ours, "
-                    "but not its tags: not touched",
-                    next_command=f"openstack --os-cloud {self._api.cloud} server show {other['id']}; rename it",
-                )
+        return next(iter(self.all_of(owner, alone=True)), None)
 
     def get(self, identity: str) -> dict[str, Any] | None:
         """The server with that id, or None."""
@@ -119,15 +132,16 @@ class Servers:
         One that never ran is made anew, once; one that is stopped is started. PermanentError with Nova's fault text.
         """
         tried = f"create the server {owner.name}"
-        failed, asked = "", False
+        failed, asked, made = "", False, ""
 
         def step() -> dict[str, Any] | None:
-            nonlocal failed, asked
-            found = self.all_of(owner)
+            nonlocal failed, asked, made
+            if made and self._still_built(made, owner):
+                raise TemporaryError("it is BUILD")
+            found = self.all_of(owner, alone=True) or self._ours(made, owner)
             for extra in found[1:]:
                 self.remove(extra)
             if not found:
-                self._check_name(owner)
                 if failed and asked:
                     raise PermanentError(
                         f"{tried}: Nova of {self._api.name} ended in ERROR: {failed}",
@@ -136,7 +150,8 @@ class Servers:
                 body = self._body(owner, fingerprint, boot())
                 asked = True
                 there = lambda: self.all_of(owner)  # noqa: E731
-                make_once(self._api, lambda: self._api.make("compute", "/servers", body, tried), there, tried)
+                answer = make_once(self._api, lambda: self._api.make("compute", "/servers", body, tried), there, tried)
+                made = str(((answer or {}).get("server") or {}).get("id", ""))
                 return None
             server = found[0]
             if server["metadata"].get(FINGERPRINT) != fingerprint:
@@ -177,7 +192,7 @@ class Servers:
             "networks": [{"port": boot.port}] if boot.port else "none",
             "block_device_mapping_v2": disks,
             "metadata": metadata(owner, fingerprint=fingerprint, state=boot.state),
-            "tags": [deployment_tag(owner.deployment)],
+            "tags": [deployment_tag(owner.deployment), group_tag(owner)],
             "config_drive": boot.drive is not None,
         }
         if boot.drive is not None:
@@ -216,8 +231,7 @@ class Servers:
             raise PermanentError(
                 f"{tried}: it does not exist in {self._api.name}", next_command=f"cloudfit group show {owner.group}"
             )
-        theirs = owner_of(server.get("metadata"))
-        if theirs is None or theirs.identity != owner.identity:
+        if not _is(server, owner):
             raise RefusedError(f"{tried}: it does not carry our tags any more: not touched")
         return server
 

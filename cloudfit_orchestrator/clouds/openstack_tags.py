@@ -6,6 +6,8 @@ operation`, in a port's or security group's description and in a server group's 
 request could be missing after a death between the two, so Neutron's own tags are not used.
 """
 
+import hashlib
+import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +42,11 @@ def owner_of(found: Mapping[str, Any] | None) -> Ownership | None:
 def deployment_tag(deployment: str) -> str:
     """The server tag by which a deployment's servers are listed."""
     return f"cloudfit-{deployment}"
+
+
+def group_tag(owner: Ownership) -> str:
+    """The server tag by which a group's servers are listed, however many others the deployment has."""
+    return f"cloudfit-{hashlib.sha256(json.dumps([owner.deployment, owner.group]).encode()).hexdigest()[:32]}"
 
 
 def label(owner: Ownership) -> str:
@@ -81,7 +88,7 @@ class Reservation:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The port's name for life, by which it is looked up among thousands; what counts is its label."""
         return f"{self.deployment}-{self.group}-{self.replica}-{self.role.value}"
 
     def label(self) -> str:

@@ -213,6 +213,8 @@ class FakeOpenStack(Glance):
                 found = [s for s in found if set(query["tags"].split(",")) <= set(s["tags"])]
             if "name" in query:
                 found = [s for s in found if re.search(query["name"], s["name"])]
+            if "status" in query:
+                found = [s for s in found if s["status"] == query["status"]]
             return 200, {"servers": found}
         if method == "POST" and path == "/servers":
             return 202, {"server": {"id": self._boot(body)["id"]}}
@@ -354,7 +356,11 @@ class FakeOpenStack(Glance):
         kind = parts[0].replace("-", "_")
         single = kind.removesuffix("s")
         if method == "GET" and len(parts) == 1:
-            return 200, {kind: self._listed(kind, query, ("network_id", "security_group_id", "direction"))}
+            fields = ("network_id", "security_group_id", "direction", "name", "description")
+            listed = self._listed(kind, query, fields)
+            if address := query.get("fixed_ips", "").removeprefix("ip_address="):
+                listed = [p for p in listed if _address(p) == address]
+            return 200, {kind: listed}
         if method == "POST":
             make = getattr(self, f"_make_{single}")
             if kind in body:
@@ -378,7 +384,7 @@ class FakeOpenStack(Glance):
 
     def _make_port(self, wanted: dict[str, Any]) -> dict[str, Any]:
         address = wanted["fixed_ips"][0].get("ip_address") or next(self._addresses)
-        if any(p["fixed_ips"][0]["ip_address"] == address for p in self.objects["ports"].values()):
+        if any(_address(p) == address for p in self.objects["ports"].values()):
             raise Refuse(409, f"IP address {address} already allocated.", "IpAddressAlreadyAllocated")
         for group in wanted["security_groups"]:
             self._get("security_groups", group)
@@ -446,6 +452,10 @@ class FakeOpenStack(Glance):
             found["_then"] = lambda v: v.update(status="error_deleting")
         else:
             found["_then"] = lambda v: self.objects[kind].pop(v["id"], None)
+
+
+def _address(port: dict[str, Any]) -> str:
+    return str(port["fixed_ips"][0]["ip_address"])
 
 
 def _chunks(stream: Any) -> Iterator[bytes]:

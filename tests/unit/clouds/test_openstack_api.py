@@ -1,7 +1,9 @@
 """Requests to OpenStack: which are repeated, how errors are told apart, and how many connections there are."""
 
+import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -153,3 +155,29 @@ def test_what_is_forgotten_while_it_is_looked_up_is_found_all_the_same(api):
 
     assert api.remembered(("flavor",), look) == "found"
     assert api.remembered(("flavor",), lambda: "found anew") == "found anew"
+
+
+def test_threads_that_miss_the_same_make_it_once(api):
+    began, second = threading.Barrier(8), threading.Barrier(2)
+
+    def make():
+        with contextlib.suppress(threading.BrokenBarrierError):
+            second.wait(0.3)
+            pytest.fail("two threads make the same")
+        return "made"
+
+    def want(_):
+        began.wait(10)
+        return api.remembered(("security group", "ledger"), make)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(want, range(8))) == ["made"] * 8
+
+
+def test_a_failure_to_make_it_is_not_remembered(api):
+    def fail():
+        raise TemporaryError("later")
+
+    with pytest.raises(TemporaryError, match="later"):
+        api.remembered(("flavor",), fail)
+    assert api.remembered(("flavor",), lambda: "found") == "found"

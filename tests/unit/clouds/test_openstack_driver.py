@@ -51,3 +51,30 @@ def test_a_machines_life(fake, cloud, tmp_path):
     cloud.delete_snapshot(taken)
     cloud.delete_network("dep", "dep-lisbon")
     assert left(fake) == {}
+
+
+def test_a_machine_that_lost_its_group_tag_is_still_ours(fake, cloud, tmp_path):
+    spec = machine_spec(tmp_path, cloud)
+    made = cloud.create(spec)
+    fake.objects["servers"][made.id]["tags"] = []
+    assert cloud.create(spec).id == made.id
+    cloud.destroy(made)
+    assert not fake.objects["servers"]
+
+
+@pytest.mark.parametrize(("listing", "key"), [("/servers/detail", "servers"), ("/ports", "ports")])
+def test_a_machine_costs_the_same_however_many_there_are(monkeypatch, fake, cloud, tmp_path, listing, key):
+    for replica in ("r1", "r2", "r3"):
+        cloud.create(machine_spec(tmp_path, cloud, owner(replica)))
+    real, shown = fake.answer, []
+
+    def answer(method, target, headers, body):
+        answered = real(method, target, headers, body)
+        if method == "GET" and listing in target:
+            shown.append(len(answered[1][key]))
+        return answered
+
+    monkeypatch.setattr(fake, "answer", answer)
+    cloud.create(machine_spec(tmp_path, cloud, owner(group="other")))
+    assert shown
+    assert max(shown) <= 1
