@@ -100,6 +100,7 @@ class SimController:
         self.active: ConfigRecord | None = None
         self._active_envelope = b""
         self._attempt: Attempt | None = None
+        self.unready: set[str] = set()  # members of the ACTIVE record that have not said yet that they serve in it
         self._c = 0
         self._after: Callable[[], None] = lambda: None
         self._words_s: dict[str, float] = {}  # agent -> when the last word to it arrives
@@ -171,6 +172,10 @@ class SimController:
         """A report arrives."""
         if topic == "confirm" and self._attempt is not None:
             self._confirm(self._attempt, machine, body)
+        elif topic == "ready" and self.active is not None and body["c"] == self.active.c:
+            member = self.active.member(machine.identity.replica)
+            if member is not None and member.incarnation == machine.identity.incarnation:
+                self.unready.discard(member.replica)
 
     # --------------------------------------------------------------------------------------------------- one attempt
     def _prepare(self, machines: list[Machine]) -> None:
@@ -254,6 +259,7 @@ class SimController:
         envelope = seal_record(record, self._key)
         self.chain.append(envelope)
         self.active, self._active_envelope, self._attempt = record, envelope, None
+        self.unready = {member.replica for member in record.members}
         self._site.activated(record, envelope)
         self._site.trace("controller", f"ACTIVE c={record.c} at h={h}, digest {digest.hex()[:8]}, by {sorted(votes)}")
         self._install_everywhere(envelope, record, old)

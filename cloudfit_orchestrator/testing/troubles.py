@@ -35,6 +35,7 @@ class Troubles:
         self._replacing = False  # from the launch of a new machine until the one that it replaces is gone
         self._waiting = 0  # replacements and reshapes that wait for their turn
         self._off: set[str] = set()  # machines that stay off
+        self._lapsed: set[str] = set()  # machines that lost their keys, lease or disk
         self._next_attacks = list(world.plan.next_attacks)
         self.faulty = set(world.plan.taken)  # replicas that count in f now
 
@@ -146,6 +147,7 @@ class Troubles:
         if machine is None or not self.may_fail(machine):
             return
         self.faulty.add(machine.identity.replica)
+        self._lapsed.add(machine.name)
         if trouble.draw % 3 == 0:
             self._done(trouble, "lease")
             machine.wormhole.lapse()
@@ -171,8 +173,12 @@ class Troubles:
 
     # ------------------------------------------------------------------------------------------------- reconfigurations
     def _again(self, trouble: Trouble) -> bool:
-        """One at a time: it is put off while another is under way."""
-        if self._replacing or self._world.controller.busy:
+        """One at a time: it is put off while another is under way, and, as the real controller waits, until all that
+        can have installed the configuration: as long as few correct members hold its state, none of them may be taken
+        out of it.
+        """
+        unready = self._world.controller.unready - self.faulty
+        if self._replacing or self._world.controller.busy or unready:
             self._world.schedule.after(0.2, partial(self._happen, trouble))
             return True
         self._waiting -= 1
@@ -229,7 +235,8 @@ class Troubles:
         self._replacing = False
         self._world.group = machines
         self._world.report_.figures["replaced"] += 1
-        self.faulty.discard(old.identity.replica)
+        if new.name not in self._lapsed:
+            self.faulty.discard(old.identity.replica)
         correct = [m for m in machines if self.may_fail(m)]
         if self._next_attacks and self._world.in_trouble and correct:
             # The adversary moves on. Who was faulty before counted in the configuration that has just been replaced.

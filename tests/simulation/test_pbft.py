@@ -39,3 +39,15 @@ def test_an_equivocation_is_seen() -> None:
     report = simulate(1, 4, Algorithm.PBFT, "byzantine", changes={**LIGHT, "attacks": "votes-twice"})
     assert report.happened["attack:votes-twice"]
     assert report.happened["rule:blamed for equivocation"]
+
+
+def test_what_befalls_a_new_machine_before_the_old_one_is_gone_counts_on() -> None:
+    report = simulate(820005, 5, Algorithm.PBFT, MIXED)  # its lease ends then; f=1, and another is to be replaced next
+    assert report.happened["fault:lapse lease"]
+    assert report.ok, f"{report}\n" + "\n".join(report.trace)
+
+
+def test_nobody_is_taken_out_of_a_configuration_that_the_others_have_not_installed() -> None:
+    report = simulate(700002, 3, Algorithm.PBFT, "stages", changes=LIGHT)  # f=0: ACTIVE shows that one has its state
+    assert report.figures["replaced"] == 3
+    assert report.ok, f"{report}\n" + "\n".join(report.trace)
