@@ -6,11 +6,19 @@ from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import Situation
 
 MAX_TIMEOUT_S = 60.0
+QUICK = 8  # a slot that took no more than this part of the time-out: half of the time-out is ample for the next
+SLOW = 16  # else this part of it goes: 11 slots to a half, and 16 time-outs in all for who is always just in time
 PATIENCE = 4  # time-outs that a bundle may wait though others' are executed: then it is handed on again, then suspected
 
 
 class Suspicion:
-    """The progress timer: doubles while nothing moves, shrinks back when something does."""
+    """The progress timer: doubles while nothing moves, shrinks back when something does.
+
+    How fast tells the time that a slot took. Halved with each, a time-out that had just been doubled because it was too
+    short was too short again with the next slot but one: a group whose slots take a little longer than its parameter
+    went through a view for each two or three of them. Never shrunk, it could be kept up for ever by one who proposes as
+    late as it lets him.
+    """
 
     def __init__(self, situation: Situation, outbox: Outbox, desk: ClientDesk) -> None:
         self._at = situation
@@ -18,6 +26,7 @@ class Suspicion:
         self._desk = desk
         self._timeout_s = 1.0
         self._view = 0
+        self._since_s = 0.0  # the last slot was executed, or nothing waited: other than progress_s no view restarts it
         self._patient_from_s = 0.0  # a bundle's wait counts from here, in this view
         self._handed_on: float | None = None  # when the bundle arrived that was handed on again as it had waited long
 
@@ -25,12 +34,14 @@ class Suspicion:
         """A new configuration."""
         self._patient_from_s = self._out.now_s
         self._timeout_s = ordering.record.parameters.progress_timeout_ms / 1000
-        self._at.progress_s = self._out.now_s
+        self._at.progress_s = self._since_s = self._out.now_s
 
     def progressed(self, ordering: Ordering) -> None:
         """A slot was executed."""
-        self._at.progress_s = self._out.now_s
-        self._timeout_s = max(ordering.record.parameters.progress_timeout_ms / 1000, self._timeout_s / 2)
+        quick = self._out.now_s - self._since_s <= self._timeout_s / QUICK
+        shrunk_s = self._timeout_s / 2 if quick else self._timeout_s * (1 - 1 / SLOW)
+        self._timeout_s = max(ordering.record.parameters.progress_timeout_ms / 1000, shrunk_s)
+        self._at.progress_s = self._since_s = self._out.now_s
 
     def tick(self, *, transferring: bool) -> None:
         """Ask for the next view if something waits for too long: first a bundle is forwarded, only then suspected."""
@@ -45,7 +56,7 @@ class Suspicion:
         if not waiting and (oldest is None or self._out.now_s - oldest < self._timeout_s):
             newest = ordering.statements.newest
             if oldest is None and (newest is None or newest.slot <= at.execution.slot):
-                at.progress_s = self._out.now_s
+                at.progress_s = self._since_s = self._out.now_s
             return
         stands_still = self._out.now_s - at.progress_s >= self._timeout_s
         if not stands_still and not self._overlooked(ordering, oldest):

@@ -2,12 +2,15 @@
 
 from cloudfit_orchestrator.bft.batch import batch_digest
 from cloudfit_orchestrator.bft.catchup import CatchUp
+from cloudfit_orchestrator.bft.clientdesk import ClientDesk
 from cloudfit_orchestrator.bft.effects import Send
 from cloudfit_orchestrator.bft.messages import Beacon, StatementMessage
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.pbft.messages import Phase
 from cloudfit_orchestrator.bft.pbft.ordering import MAX_EARLY
+from cloudfit_orchestrator.bft.reads import ReadDesk
 from cloudfit_orchestrator.bft.situation import Peer, Situation
+from cloudfit_orchestrator.bft.suspicion import SLOW, Suspicion
 from cloudfit_orchestrator.bft.usig.messages import Fetch, StreamMessage, decode_peer
 from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
 from cloudfit_orchestrator.model.record import Algorithm, record_hash
@@ -115,3 +118,74 @@ def test_early_votes_of_one_member_are_bounded_and_the_lowest_stay() -> None:
     assert list(ordering(group, "r1")._early["r2"]) == early[:MAX_EARLY]
     tell(group, "r1", vote(group, "r2", Phase.PREPARE, 0, 129, bytes(32)))
     assert max(found.s for found in ordering(group, "r1")._early["r2"]) == 128, "no more than one window ahead"
+
+
+class Waiting(UsigOrdering):
+    """Something is always under way; who suspects is counted."""
+
+    may_suspect = waiting = True
+    suspected = 0
+
+    def suspect(self) -> None:
+        self.suspected += 1
+
+
+class Patience:
+    """The progress timer of r3, whose slots take as long as the test says."""
+
+    STEP = 0.01  # of the parameter
+
+    def __init__(self) -> None:
+        house = House(5, f=2, parameters={"progress_timeout_ms": 100})
+        self.out = out = Outbox()
+        out.replaying = False
+        at = Situation(GROUP, "r3", 4, service=CounterService(), controllers=[], verifier=house.keys, out=out)
+        self.ordering = at.ordering = Waiting(at, out, house.record, record_hash(house.envelope))
+        at.installed = True
+        self.suspicion = Suspicion(at, out, ClientDesk(at, out, ReadDesk(at, out)))
+        self.suspicion.begin(self.ordering)
+        self.parameter_s = house.record.parameters.progress_timeout_ms / 1000
+
+    @property
+    def timeout_s(self) -> float:
+        return self.suspicion._timeout_s
+
+    def wait(self, for_s: float) -> None:
+        for _ in range(round(for_s / self.parameter_s / self.STEP)):
+            self.out.now_s += self.STEP * self.parameter_s
+            self.suspicion.tick(transferring=False)
+
+    def stand_still(self, doublings: int) -> None:
+        self.wait((2**doublings - 0.5) * self.parameter_s)
+        assert self.timeout_s == 2**doublings * self.parameter_s
+        self.slot(0)  # it says nothing of how long a slot takes
+
+    def slot(self, after_s: float) -> None:
+        self.wait(after_s)
+        self.suspicion.progressed(self.ordering)
+
+
+def test_slots_that_take_a_little_longer_than_the_parameter_change_views_rarely() -> None:
+    """As in a group of the simulator with K = L = 1: 845 views for 700 slots."""
+    timer = Patience()
+    for _ in range(100):
+        timer.slot(1.4 * timer.parameter_s)
+    assert 1 <= timer.ordering.suspected <= 100 / 6
+
+
+def test_a_time_out_that_has_grown_shrinks_at_once_with_quick_slots() -> None:
+    timer = Patience()
+    timer.stand_still(6)
+    for _ in range(6):
+        timer.slot(timer.parameter_s / 10)
+    assert timer.timeout_s == timer.parameter_s
+
+
+def test_who_proposes_as_late_as_can_be_gets_no_more_than_so_many_time_outs() -> None:
+    timer = Patience()
+    timer.stand_still(4)
+    grown_s, began_s, suspected = timer.timeout_s, timer.out.now_s, timer.ordering.suspected
+    while timer.timeout_s > timer.parameter_s:
+        timer.slot(timer.timeout_s - 2 * timer.STEP * timer.parameter_s)
+        assert timer.out.now_s - began_s <= SLOW * grown_s
+    assert timer.ordering.suspected == suspected
