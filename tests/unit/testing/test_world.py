@@ -11,12 +11,15 @@ from cloudfit_orchestrator.bft.messages import StateQuery, encode
 from cloudfit_orchestrator.bft.pbft.messages import Phase, Vote
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.model.channel import ErrorCode
+from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.model.ui import ui_bytes
 from cloudfit_orchestrator.testing.crypto import KeyRing, Keys, RealKeys
 from cloudfit_orchestrator.testing.disk import SimDisk
 from cloudfit_orchestrator.testing.exporter import SimExporter
 from cloudfit_orchestrator.testing.network import Network, Schedule, Weather
+from cloudfit_orchestrator.testing.plan import Trouble, draw
+from cloudfit_orchestrator.testing.simulator import Simulation
 from cloudfit_orchestrator.testing.wormhole import SimWormhole
 from cloudfit_orchestrator.wormhole.refusal import Refusal
 
@@ -170,3 +173,38 @@ def test_a_lost_disk_is_empty() -> None:
     disk.snapshots[1, 4] = StateStore().snapshot()
     disk.lose()
     assert (disk.records, dict(disk.found_snapshots()), disk.dirty) == ([], {}, False)
+
+
+LEASE_ENDS = Trouble("lapse", 1, 0.0, ("r0",))
+
+
+def test_a_fault_of_a_new_machine_outlasts_the_old_one_and_an_old_ones_does_not() -> None:
+    for lapses_anew in (True, False):
+        world = Simulation(draw(1, 4, Algorithm.PBFT, "calm"), KeyRing())
+        world.in_trouble = True
+        old, *rest = world.group
+        if not lapses_anew:
+            world.troubles._lapse(LEASE_ENDS)
+        new = world.launch("r0")
+        world.group.append(new)
+        if lapses_anew:
+            world.troubles._lapse(LEASE_ENDS)
+        assert world.troubles.faulty == {"r0"}
+        world.troubles._switched(old, new, [new, *rest])
+        assert world.troubles.faulty == ({"r0"} if lapses_anew else set())
+
+
+def test_a_reconfiguration_waits_until_all_but_faulty_members_serve_in_the_last_one() -> None:
+    world = Simulation(draw(1, 4, Algorithm.PBFT, "calm"), KeyRing())
+    for machine in world.group:
+        machine.start()
+    world.controller.reconfigure(world.group)
+    assert world.schedule.run(10.0, lambda: world.controller.active is not None)
+    assert world.controller.unready == {"r0", "r1", "r2", "r3"}
+    replace = Trouble("replace", 1, 0.0, ("r0",))
+    world.troubles._waiting += 1
+    assert world.troubles._again(replace)
+    assert world.schedule.run(20.0, lambda: world.controller.unready == {"r2"})
+    assert world.troubles._again(replace)
+    world.troubles.faulty.add("r2")
+    assert not world.troubles._again(replace)
