@@ -1,0 +1,78 @@
+"""Executions of an eighth reading: each property did not hold once, for the reason told there."""
+
+from cloudfit_orchestrator.bft.journal import entry_decoder
+from cloudfit_orchestrator.bft.messages import Named, encode
+from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
+from cloudfit_orchestrator.bft.pbft.messages import WEDGE, Change, NewView, change_statement
+from cloudfit_orchestrator.model.record import Algorithm
+from tests.conformance.group import Group
+from tests.unit.bft.house import House
+from tests.unit.bft.machine import Machine
+from tests.unit.bft.test_pbft import change, group_of, node, ordering, prepared, tell, view_change
+
+PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
+
+
+# ----- votes
+def test_a_vote_counts_however_far_ahead_the_proposal_lies():
+    """n=5, f=2. A vote for what lies more than 2,048 messages ahead of the own place in its proposer's stream was let
+    go, as "a checkpoint will cover it": with wide windows, or after a partition. The faulty r0 shows r1 and r2 a request
+    behind 2,100 empty votes, lets it be decided by them, and says no more; nor does r3. r4 had their votes first, and
+    read the proposal afterwards: two votes of three, its own among them. The checkpoint needs three, as does the client,
+    which asks again; r1 and r2 have nothing to wait for, so r4 alone asks for a view: for good.
+    """
+    house = House(5, f=2, algorithm=Algorithm.MINBFT, period=1100, window=1100, parameters=PATIENT)
+    machine = Machine(house, "r4")
+    first = house.prepare("r0", 0, 1)
+    machine.hear(first, house.commit("r1", first), house.commit("r2", first))
+    assert machine.core.status["slot"] == 1
+    rest = [house.commit("r0", first) for _ in range(2100)]
+    rest.append(house.prepare("r0", 0, 2))
+    machine.hear(house.commit("r1", rest[-1]), house.commit("r2", rest[-1]))
+    machine.hear(*rest)
+    machine.ticks(1)
+    assert machine.core.status["slot"] == 2
+
+
+# ----- PBFT
+def named(*changes: Change) -> tuple[Named, ...]:
+    return tuple(Named(change.replica, 0, change_statement(change.body)) for change in changes)
+
+
+def enter(group: Group, g: int) -> None:
+    """r3 hears of view `g` and of what it follows from, in one turn of its loop, and asks for nothing itself."""
+    votes = [view_change(group, name, g) for name in ("r0", "r1", "r2")]
+    leader = f"r{g}"
+    for message in (*votes, change(group, leader, NewView(leader, g, named(*votes)))):
+        node(group, "r3").core.receive("r0#1", encode(message))
+    node(group, "r3").run()
+    assert ordering(group, "r3").e == g
+
+
+def test_a_view_is_read_again_behind_what_is_left_of_a_later_one():
+    """The machine stopped while it wrote that view 2 was entered: three VIEW-CHANGEs were whole, the NEW-VIEW was not.
+    Started again it heard of view 1 first. From then on each start failed: the votes for view 2 took the place of those
+    for view 1, without which its NEW-VIEW, in the log, could not be entered.
+    """
+    group = group_of()
+    machine = node(group, "r3")
+    enter(group, 2)
+    entries = list(map(entry_decoder(ENTRIES), machine.log))
+    del machine.log[next(i for i, entry in enumerate(entries) if isinstance(entry, LogView)) :]
+    machine.boot()
+    assert ordering(group, "r3").e == 0
+    enter(group, 1)
+    machine.boot()
+    assert ordering(group, "r3").e == 1
+
+
+def test_wedges_that_a_false_new_view_names_are_not_kept():
+    """A NEW-VIEW of the faulty r1 names VIEW-CHANGEs "of" others by the digests of wedges that r1 signs: it is dropped
+    when the first comes, and that stayed until the configuration was over, 246 KiB each with the default window.
+    """
+    group = group_of()
+    for i in range(40):
+        wedge = view_change(group, "r1", WEDGE, prepared(group, 1, i, bytes(32)))
+        names = [Named("r0", 0, change_statement(wedge.body)), Named("r1", 0, bytes(32)), Named("r2", 0, bytes(32))]
+        tell(group, "r3", change(group, "r1", NewView("r1", 1, tuple(names))), wedge, sender="r1#2")
+    assert len(ordering(group, "r3").changes._bodies) < 3
