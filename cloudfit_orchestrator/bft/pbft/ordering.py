@@ -32,7 +32,7 @@ from cloudfit_orchestrator.bft.pbft.messages import (
     vote_statement,
 )
 from cloudfit_orchestrator.bft.pbft.voice import Voice
-from cloudfit_orchestrator.bft.situation import replica_of
+from cloudfit_orchestrator.bft.situation import member_of
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.orders import open_retire
@@ -128,7 +128,8 @@ class PbftOrdering(Ordering):
                     pass
         except BadError:
             self._out.count("bad_signature")
-            self._out.blame(replica_of(peer), "signature")  # a correct peer hands nothing on that it has not verified
+            # A correct peer hands nothing on that it has not verified.
+            self._out.blame(member_of(self.record, peer), "signature")
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """See `Ordering`."""

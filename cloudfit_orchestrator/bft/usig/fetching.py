@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cloudfit_orchestrator.bft.messages import MAX_FETCH, Frozen
 from cloudfit_orchestrator.bft.ordering import Host
 from cloudfit_orchestrator.bft.outbox import Outbox
-from cloudfit_orchestrator.bft.situation import replica_of
+from cloudfit_orchestrator.bft.situation import member_of
 from cloudfit_orchestrator.bft.turns import Turns
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.bft.usig.messages import (
@@ -53,7 +53,7 @@ class Fetching:
         """Ask for gaps and views; for the own stream only while we are not `live`."""
         configuration, others = self._configuration, self._at.others
         c = configuration.record.c
-        ahead = {replica_of(peer): beacon.cv for peer, beacon in self._at.beacons.items()}
+        ahead = {member_of(configuration.record, peer): beacon.cv for peer, beacon in self._at.beacons.items()}
         for replica, stream in configuration.streams.items():
             needed = max(ahead.get(replica, 0), configuration.wanted.streams.get(replica, 0), *stream.waiting, 0)
             first = stream.cursor + 1
@@ -65,7 +65,7 @@ class Fetching:
                 continue
             last = min(needed, first + MAX_FETCH - 1)
             citers = configuration.wanted.citers.get(replica, ())
-            citing = [peer for peer in others if replica_of(peer) in citers]
+            citing = [peer for peer in others if member_of(configuration.record, peer) in citers]
             if self._patience_ends(self._asked, replica, first, last):
                 self._out.send(self._source(others, replica), Fetch(c, replica, first, last))
             elif citing and self._patience_ends(self._asked_citer, replica, first, last):
@@ -90,11 +90,15 @@ class Fetching:
 
     def _source(self, others: list[str], replica: str) -> str:
         """Every other time the stream's owner, else the next peer: the owner may be faulty, or down."""
-        owner = next((peer for peer in others if replica_of(peer) == replica), None)
+        owner = next((peer for peer in others if self._owns(peer, replica)), None)
         asked = self._turns.count(replica)
         if owner is not None and asked % 2:
             return owner
         return self._turns.next(others, f"streams like {replica}")
+
+    def _owns(self, peer: str, replica: str) -> bool:
+        """Whether the stream is that machine's."""
+        return member_of(self._configuration.record, peer) == replica
 
     def take_discarded(self, peer: str, message: Discarded) -> None:
         """A peer no longer has what was asked for. Its owner's word is taken at once; another's only when the stream
@@ -112,11 +116,11 @@ class Fetching:
         if cursor != stream.cursor:
             self._stuck[replica] = (stream.cursor, self._out.now_s)
         asked = self._asked.get(replica)
-        if replica_of(peer) != replica and (
+        if not self._owns(peer, replica) and (
             asked is None or asked.first > message.stable.cv or not self._is_covered(message.stable)
         ):
             return
-        if replica_of(peer) == replica or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
+        if self._owns(peer, replica) or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
             self._configuration.offer_jump(message)
 
     def _is_covered(self, stable: StreamMessage) -> bool:

@@ -4,11 +4,14 @@ from cloudfit_orchestrator.bft.journal import entry_decoder
 from cloudfit_orchestrator.bft.messages import Named, encode
 from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
 from cloudfit_orchestrator.bft.pbft.messages import WEDGE, Change, NewView, change_statement
+from cloudfit_orchestrator.bft.usig.messages import Discarded, Stable, decode_header
 from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.services.counter import add
 from tests.conformance.group import Group
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
 from tests.unit.bft.test_pbft import change, group_of, node, ordering, prepared, tell, view_change
+from tests.unit.bft.test_readings_usig import Pair
 
 PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
 
@@ -16,10 +19,10 @@ PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these execut
 # ----- votes
 def test_a_vote_counts_however_far_ahead_the_proposal_lies():
     """n=5, f=2. A vote for what lies more than 2,048 messages ahead of the own place in its proposer's stream was let
-    go, as "a checkpoint will cover it": with wide windows, or after a partition. The faulty r0 shows r1 and r2 a request
-    behind 2,100 empty votes, lets it be decided by them, and says no more; nor does r3. r4 had their votes first, and
-    read the proposal afterwards: two votes of three, its own among them. The checkpoint needs three, as does the client,
-    which asks again; r1 and r2 have nothing to wait for, so r4 alone asks for a view: for good.
+    go, as "a checkpoint will cover it": with wide windows, or after a partition. The faulty r0 shows r1 and r2 a
+    request behind 2,100 empty votes, lets it be decided by them, and says no more; nor does r3. r4 had their votes
+    first, and read the proposal afterwards: two votes of three, its own among them. The checkpoint needs three, as does
+    the client, which asks again; r1 and r2 have nothing to wait for, so r4 alone asks for a view: for good.
     """
     house = House(5, f=2, algorithm=Algorithm.MINBFT, period=1100, window=1100, parameters=PATIENT)
     machine = Machine(house, "r4")
@@ -76,3 +79,33 @@ def test_wedges_that_a_false_new_view_names_are_not_kept():
         names = [Named("r0", 0, change_statement(wedge.body)), Named("r1", 0, bytes(32)), Named("r2", 0, bytes(32))]
         tell(group, "r3", change(group, "r1", NewView("r1", 1, tuple(names))), wedge, sender="r1#2")
     assert len(ordering(group, "r3").changes._bodies) < 3
+
+
+# ----- old and new incarnations
+def test_another_incarnation_than_the_members_is_not_the_owner_of_its_stream():
+    """The word of a stream's owner that a part of it is gone is believed at once; and who owned it was told by the name
+    alone. So a machine of that name that is no member - the incarnation that was replaced and lives on while its
+    successor's state is fetched, a recovery's machine that lies - could make a member jump over the correct owner's
+    votes, beside f faulty members: whoever waited for that one answer waited for ever.
+    """
+    house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
+    pair = Pair(house)
+    r0, r1 = pair.members["r0"], pair.members["r1"]
+    r1.client(house.bundle([(1, add(1))]))
+    pair.exchange()
+    house.prepare("r2", 0, 2)
+    for member in (r0, r1):
+        member.hear(*house.streams["r2"], sender="r2#3")
+    pair.slow = True
+    r0.client(house.bundle([(2, add(1))]))  # slot 3 is r0's
+    r1.hear(*house.streams["r0"], sender="r0#1")
+    pair.ticks(0.2)
+    assert (r0.core.status["slot"], r1.core.status["slot"]) == (2, 3)
+    stable = house.streams["r1"][-1]
+    told = decode_header(stable.header)
+    assert isinstance(told, Stable)
+    attested = house.stable("r2", told.h, digest=told.digest, certificate=told.certificate)
+    r0.hear(Discarded(stable, (attested,)), sender="r1#7")  # r1 is r1#2
+    pair.catch_up()  # from here on r2 is silent, and the network good
+    pair.ticks(5)
+    assert r0.core.status["slot"] == 3
