@@ -109,3 +109,19 @@ def test_another_incarnation_than_the_members_is_not_the_owner_of_its_stream():
     pair.catch_up()  # from here on r2 is silent, and the network good
     pair.ticks(5)
     assert r0.core.status["slot"] == 3
+
+
+# ----- memory and work
+def test_a_vote_holds_each_proposal_once_however_often_it_was_voted_for():
+    """One SKIP over a window, and 2L COMMITs of a faulty member that vote for it: each of its VIEW-CHANGEs held 2L times
+    all of the SKIP's slots - 44,000 proposals with the default window, 2.8 million with one of 2,048 - and a leader went
+    through them with each message that came in.
+    """
+    house = House(3, period=32, window=64)
+    skip = house.skip("r1", 0, 1, 64)
+    for _ in range(127):
+        house.commit("r1", skip)
+    house.view_change("r1", 1)
+    (vote,) = house.full_judge().votes.of(1)
+    assert len(vote.proposals) == 22
+    assert house.merged(1, [house.streams["r1"][-1], house.view_change("r2", 1)]).s_max == 64
