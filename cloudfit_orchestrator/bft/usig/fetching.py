@@ -19,6 +19,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_header,
 )
 from cloudfit_orchestrator.bft.usig.serving import answer_fetch, answer_view
+from cloudfit_orchestrator.bft.usig.stream import Stream
 from cloudfit_orchestrator.model.errors import BadError
 
 PATIENCE_S = 1.0  # what was asked for is not asked for again while it comes in, nor sooner than this
@@ -48,6 +49,7 @@ class Fetching:
         self._asked: dict[str, Asked] = {}  # replica -> the FETCH under way
         self._asked_citer: dict[str, Asked] = {}  # … of one who cites what is missing
         self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
+        self._far: dict[str, tuple[int, float]] = {}  # replica -> (where others have it, since when it is not there)
 
     def fetch(self, *, live: bool) -> None:
         """Ask for gaps and views; for the own stream only while we are not `live`."""
@@ -120,8 +122,19 @@ class Fetching:
             asked is None or asked.first > message.stable.cv or not self._is_covered(message.stable)
         ):
             return
-        if self._owns(peer, replica) or (cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S):
+        still = cursor == stream.cursor and self._out.now_s - since_s >= STUCK_S
+        if self._owns(peer, replica) or still or self._drips(stream, message.stable.cv):
             self._configuration.offer_jump(message)
+
+    def _drips(self, stream: Stream, goal: int) -> bool:
+        """Whether the stream has been on its way to where others still have it for longer than a question may take: a
+        faulty owner that keeps it from standing still could go on for as long as its history is.
+        """
+        before, since_s = self._far.get(stream.replica, (0, 0.0))
+        if before <= stream.cursor:
+            since_s = self._out.now_s
+        self._far[stream.replica] = (max(before, goal), since_s)
+        return self._out.now_s - since_s >= MAX_PATIENCE_S
 
     def _is_covered(self, stable: StreamMessage) -> bool:
         """What a jump to that STABLE leaves out concerns slots of a certified state only: its owner's votes ahead of it

@@ -92,7 +92,7 @@ def vote_of(
     retires: tuple[str, ...] = (),
 ) -> Vote:
     """Read a vote off the kept part of a stream, up to the message `name` (None if EPOCH-END stands in its place).
-    Each proposal is taken once, for slots that a merge may look at: a faulty member may vote for one wide SKIP 2L times.
+    Each proposal is taken once, for slots that a merge may look at: a faulty member may vote for a wide SKIP 2L times.
     """
     proposals: list[Proposal] = []
     views: list[tuple[int, int]] = []

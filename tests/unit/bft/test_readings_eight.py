@@ -1,12 +1,17 @@
 """Executions of an eighth reading: each property did not hold once, for the reason told there."""
 
+from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
 from cloudfit_orchestrator.bft.journal import entry_decoder
 from cloudfit_orchestrator.bft.messages import Named, encode
+from cloudfit_orchestrator.bft.outbox import MAX_REPLY_BYTES
 from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
 from cloudfit_orchestrator.bft.pbft.messages import WEDGE, Change, NewView, change_statement
-from cloudfit_orchestrator.bft.usig.messages import Discarded, Stable, decode_header
+from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, Stable, decode_header
+from cloudfit_orchestrator.bft.usig.serving import answer_fetch
 from cloudfit_orchestrator.model.record import Algorithm
+from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.services.counter import add
+from cloudfit_orchestrator.services.kv import Get, KvService, Put, encode_operation
 from tests.conformance.group import Group
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
@@ -113,9 +118,9 @@ def test_another_incarnation_than_the_members_is_not_the_owner_of_its_stream():
 
 # ----- memory and work
 def test_a_vote_holds_each_proposal_once_however_often_it_was_voted_for():
-    """One SKIP over a window, and 2L COMMITs of a faulty member that vote for it: each of its VIEW-CHANGEs held 2L times
-    all of the SKIP's slots - 44,000 proposals with the default window, 2.8 million with one of 2,048 - and a leader went
-    through them with each message that came in.
+    """One SKIP over a window, and 2L COMMITs of a faulty member that vote for it: each of its VIEW-CHANGEs held all of
+    the SKIP's slots 2L times - 44,000 proposals with the default window, 2.8 million with one of 2,048 - and a leader
+    went through them with each message that came in.
     """
     house = House(3, period=32, window=64)
     skip = house.skip("r1", 0, 1, 64)
@@ -125,3 +130,62 @@ def test_a_vote_holds_each_proposal_once_however_often_it_was_voted_for():
     (vote,) = house.full_judge().votes.of(1)
     assert len(vote.proposals) == 22
     assert house.merged(1, [house.streams["r1"][-1], house.view_change("r2", 1)]).s_max == 64
+
+
+def test_what_many_clients_ask_for_again_fills_no_memory_and_pushes_no_statement_out():
+    """The seventh reading bounded the results of a slot, but not what is asked for again: 2 MiB of each client, made at
+    once for all of them, by each replica, twenty times a second. And as it was more than all replies may be together,
+    each checkpoint, request for a view or vote of PBFT that was to be signed meanwhile pushed the one before it out.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=64, window=256, clients=24, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    machine.core._at.execution.service = KvService()
+    bundles = [house.bundle([(1, encode_operation(Put(b"key", bytes(120_000))))])]
+    gets = [encode_operation(Get(b"key"))] * 15
+    bundles += [house.bundle(list(enumerate(gets, 2)), client=client) for client in range(24)]
+    bundles[24] = house.bundle([(2, gets[0])], client=23)
+    for s, bundle in enumerate(bundles, 1):
+        data = make_batch([bundle])
+        house.batches[batch_digest(data)] = data
+        machine.hear(house.prepare("r0", 0, s, batch_digest(data)), sender="r0#1")
+    machine.ticks(1)
+    assert machine.core.status["slot"] == 25
+    machine.answers.clear()
+    machine.kss = False
+    for client, bundle in enumerate(bundles[1:]):
+        machine.client(bundle, client)
+    machine.ticks(0.2)
+    machine.core._at.announce(Kind.REQ, LAYOUT[Kind.REQ].pack(1))
+    machine.core._at.announce(Kind.CHECKPOINT, LAYOUT[Kind.CHECKPOINT].pack(64, bytes(32)))
+    machine.kss = True
+    machine.serve()
+    assert set(machine.core._at.statements) == {Kind.REQ, Kind.CHECKPOINT}
+    assert sum(len(body) for _, body in machine.answers) < MAX_REPLY_BYTES / 1.5
+    assert house.client_keys[23].public in dict(machine.answers), "who asks for little gets it"
+
+
+# ----- streams
+def test_who_drips_its_stream_keeps_nobody_from_jumping_to_what_a_certificate_covers():
+    """r2 was cut off for a while, and the others have let go of what it lacks of the faulty r0's stream. They may say so
+    when that has stood still for half a second; r0, which has kept it, handed out one message between two such answers.
+    So r2 went through all of it at that pace, hours for some thousand messages, and had none of r0's last proposals; r1
+    had executed them, and whoever needed a second answer waited as long.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT, period=1, window=2, parameters=PATIENT)
+    machine = Machine(house, "r2")
+    for s in range(1, 30):
+        house.commit("r1", house.prepare("r0", 0, s))
+        for who in ("r0", "r1"):
+            house.stable(who, s)
+    other = house.full_judge()
+    other.truncate(29)
+    for discarded in answer_fetch(other, Fetch(1, "r1", 1, 1)):
+        machine.hear(discarded, sender="r1#2")  # r1's own word
+    machine.hear(*house.streams["r1"][-6:], sender="r1#2")
+    streams = machine.core._at.ordering.configuration.streams
+    assert streams["r1"].cursor == len(house.streams["r1"])
+    for message in house.streams["r0"][:10]:
+        machine.ticks(1)
+        machine.hear(message, sender="r0#1")
+        machine.hear(*answer_fetch(other, Fetch(1, "r0", 1, 1)), sender="r1#2")
+    assert streams["r0"].cursor > 50
