@@ -166,7 +166,7 @@ def test_what_many_clients_ask_for_again_fills_no_memory_and_pushes_no_statement
 
 # ----- streams
 def test_who_drips_its_stream_keeps_nobody_from_jumping_to_what_a_certificate_covers():
-    """r2 was cut off for a while, and the others have let go of what it lacks of the faulty r0's stream. They may say so
+    """r2 was cut off, and the others have let go of what it lacks of the stream of r0, which is faulty. They may say so
     when that has stood still for half a second; r0, which has kept it, handed out one message between two such answers.
     So r2 went through all of it at that pace, hours for some thousand messages, and had none of r0's last proposals; r1
     had executed them, and whoever needed a second answer waited as long.
