@@ -3,8 +3,9 @@
 import pytest
 
 from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
+from cloudfit_orchestrator.bft.clients import ClientWindow, execute
 from cloudfit_orchestrator.bft.journal import entry_decoder
-from cloudfit_orchestrator.bft.messages import Named, encode
+from cloudfit_orchestrator.bft.messages import BundleBody, Named, Request, encode
 from cloudfit_orchestrator.bft.outbox import MAX_REPLY_BYTES
 from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
 from cloudfit_orchestrator.bft.pbft.messages import WEDGE, Change, NewView, change_statement
@@ -13,7 +14,7 @@ from cloudfit_orchestrator.bft.usig.messages import Discarded, Fetch, Stable, de
 from cloudfit_orchestrator.bft.usig.serving import answer_fetch
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
-from cloudfit_orchestrator.services.counter import add
+from cloudfit_orchestrator.services.counter import CounterService, add, value
 from cloudfit_orchestrator.services.kv import Get, KvService, Put, encode_operation
 from tests.conformance.group import Group
 from tests.unit.bft.house import House
@@ -186,6 +187,23 @@ def test_a_listing_looks_at_none_of_the_librarys_own_keys(monkeypatch: pytest.Mo
     assert [key for key, _ in view.items(b"", b"key")] == [b"\xff"]
     assert [key for key, _ in view.items(b"k", b"a")] == [b"key"]
     assert not list(view.items(StateStore.RESERVED))
+
+
+def test_a_client_that_leaves_a_window_out_with_each_request_costs_no_more(monkeypatch: pytest.MonkeyPatch):
+    """Each page of 64 numbers that its window closed over was looked for and made, used or not: 65,000 for a bundle of
+    1,024 requests that are 4,096 numbers apart, two seconds a slot where 15 ms are usual. That is the time after which
+    a leader is suspected; so one client with 20 KB now and then made the group change views and do nothing else.
+    """
+    store = StateStore()
+    body = BundleBody("ledger", bytes(32), tuple(Request(1 + 4096 * i, add(1)) for i in range(100)))
+    seen: list[bytes] = []
+    get = StateStore.get
+    monkeypatch.setattr(StateStore, "get", lambda self, key: seen.append(key) or get(self, key))
+    ((done,), _) = execute(store, CounterService(), (body,), 4096)
+    assert [value(result.result) for result in done.results] == list(range(1, 101))
+    assert len(seen) < 1000
+    assert value(ClientWindow(store, bytes(32)).cached(body.requests[-1].number) or b"") == 100
+    assert len(list(store.items(StateStore.RESERVED))) == 2, "its row, and the page of the last reply"
 
 
 # ----- streams
