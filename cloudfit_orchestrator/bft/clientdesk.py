@@ -118,6 +118,8 @@ class ClientDesk:
 
     def executed(self, batch: Checked) -> None:
         """A batch was executed: its bundles wait no more."""
+        if self._at.ordering is not None:
+            self._at.ordering.batches.executed(batch.digest)
         for name in batch.names:
             self._at.pool.remove(name)
 

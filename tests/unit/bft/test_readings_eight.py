@@ -1,8 +1,10 @@
 """Executions of an eighth reading: each property did not hold once, for the reason told there."""
 
+import tracemalloc
+
 import pytest
 
-from cloudfit_orchestrator.bft.batch import batch_digest, make_batch
+from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest, make_batch
 from cloudfit_orchestrator.bft.clients import ClientWindow, execute
 from cloudfit_orchestrator.bft.journal import entry_decoder
 from cloudfit_orchestrator.bft.messages import BundleBody, Named, Request, encode
@@ -204,6 +206,28 @@ def test_a_client_that_leaves_a_window_out_with_each_request_costs_no_more(monke
     assert len(seen) < 1000
     assert value(ClientWindow(store, bytes(32)).cached(body.requests[-1].number) or b"") == 100
     assert len(list(store.items(StateStore.RESERVED))) == 3, "its row, and the pages at both ends of the window"
+
+
+def test_what_was_executed_is_not_held_decoded(monkeypatch: pytest.MonkeyPatch):
+    """A batch was held twice, as it came and decoded, until a window after its slot: with the default window and large
+    values 192 MiB of a machine's 384, and as much again at each start. One client is enough.
+    """
+    monkeypatch.setattr(BundleChecker, "MAX_SEEN_BYTES", 1)  # a cache beside it, of 16 MiB
+    house = House(3, algorithm=Algorithm.MINBFT, period=16, window=16, parameters=PATIENT)
+    machine = Machine(house, "r1")
+    for s in range(1, 9):
+        data = make_batch([house.bundle([(s, bytes(200_000))])])
+        house.batches[batch_digest(data)] = data
+        machine.hear(house.prepare("r0", 0, s, batch_digest(data)), sender="r0#1")
+    for each in (machine, machine.restarted()):
+        assert each.core.status["slot"] == 8
+        held = each.core._at.ordering.batches
+        tracemalloc.start()
+        decoded = [held.checked(batch_digest(data)) for data in held.all()]
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert all(decoded)
+        assert grown > 8 * 200_000, "none was held decoded"
 
 
 # ----- streams
