@@ -21,9 +21,7 @@ from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 MAX_OPERATIONS = 256  # in one message: they are answered at once
 MAX_SEEN_BYTES = 1 << 20  # of results in one answer
-MAX_LOOKED = (
-    4096  # entries that listings go through for one answer; to see more they are ordered, at their client's turn
-)
+MAX_LOOKED = 4096  # entries that the listings of one message go through; what needs more is ordered
 SHOWN_AHEAD = 256  # slots: one log record for so many
 
 
