@@ -450,7 +450,7 @@ class Configuration:
     # ------------------------------------------------------------------------------------------------------- garbage
     @property
     def _current(self) -> int:
-        """The lowest view of which a NEW-VIEW is kept in any case: all but f streams have entered it, or a later one."""
+        """The lowest view whose NEW-VIEW is kept in any case: all but f streams have entered it, or a later one."""
         return sorted(stream.state.e for stream in self.streams.values())[self.record.f]
 
     def truncate(self, floor: int) -> None:
