@@ -35,7 +35,7 @@ class CatchUp:
         self._at = situation
         self._out = outbox
         self._turns = Turns()
-        self._rota = Rota()
+        self._rota: Rota[bytes] = Rota()
         self._batches_asked: tuple[bytes, ...] = ()
         self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
         self.transfer: Transfer | None = None

@@ -8,7 +8,7 @@ from cloudfit_orchestrator.bft.messages import MAX_FETCH, Frozen
 from cloudfit_orchestrator.bft.ordering import Host
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.situation import member_of
-from cloudfit_orchestrator.bft.turns import Turns
+from cloudfit_orchestrator.bft.turns import Rota, Turns
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.bft.usig.messages import (
     Discarded,
@@ -46,6 +46,7 @@ class Fetching:
         self._out = outbox
         self._configuration = configuration
         self._turns = Turns()
+        self._rota: Rota[int] = Rota()
         self._asked: dict[str, Asked] = {}  # replica -> the FETCH under way
         self._asked_citer: dict[str, Asked] = {}  # … of one who cites what is missing
         self._stuck: dict[str, tuple[int, float]] = {}  # replica -> (cursor, since when it stands still)
@@ -74,7 +75,7 @@ class Fetching:
                 self._out.send(self._turns.next(citing, f"citers of {replica}"), Fetch(c, replica, first, last))
         if configuration.wanted.views and self._out.every("views", PATIENCE_S / 2):
             asked = self._turns.next(others, "views")
-            for g in sorted(configuration.wanted.views)[:MAX_VIEWS_ASKED]:
+            for g in self._rota.next(asked, configuration.wanted.views, MAX_VIEWS_ASKED):
                 self._out.send(asked, FetchNewView(c, g))
 
     def _patience_ends(self, questions: dict[str, Asked], replica: str, first: int, last: int) -> bool:

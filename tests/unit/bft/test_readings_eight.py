@@ -18,9 +18,11 @@ from cloudfit_orchestrator.bft.usig.messages import (
     Discarded,
     Fetch,
     FetchNewView,
+    Merge,
     Stable,
     decode_header,
 )
+from cloudfit_orchestrator.bft.usig.messages import NewView as UsigNewView
 from cloudfit_orchestrator.bft.usig.serving import answer_fetch, answer_view
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
@@ -318,3 +320,20 @@ def test_who_jumps_over_the_new_view_of_the_present_view_fetches_it():
     machine.hear(*answer_view(house.full_judge(), asked[0]), sender="r1#2")
     machine.hear(house.prepare("r1", 1, view_ends + 1), sender="r1#2")
     assert [type(header) for header in machine.said()[-2:]] == [CommitNewView, Commit]
+
+
+def test_views_that_nobody_can_prove_hide_no_other_from_who_asks():
+    """n=9, f=4. The lowest four views that were wanted were asked for, each time: four faulty members whose NEW-VIEWs of
+    views 1 to 4 name what will never be wanted them for ever, so nobody asked for a later one. Whoever had jumped over
+    what a correct leader's NEW-VIEW follows from was deaf to that leader for good.
+    """
+    house = House(9, f=4, algorithm=Algorithm.MINBFT, period=4, window=16, parameters=PATIENT)
+    machine = Machine(house, "r8")
+    names = tuple(Named(f"r{i}", 1000, bytes(32)) for i in range(5))
+    for g in range(1, 6):
+        machine.hear(
+            house.say(f"r{g}", UsigNewView(1, g, 0, 0, (), ()), encode(Merge(names, ()))), sender=f"r{g}#{g + 1}"
+        )
+    machine.ticks(20)
+    asked = {(peer, message.g) for peer, message in machine.sent if isinstance(message, FetchNewView)}
+    assert asked >= {(f"r{i}#{i + 1}", 5) for i in range(8)}
