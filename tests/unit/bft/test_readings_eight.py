@@ -323,9 +323,9 @@ def test_who_jumps_over_the_new_view_of_the_present_view_fetches_it():
 
 
 def test_views_that_nobody_can_prove_hide_no_other_from_who_asks():
-    """n=9, f=4. The lowest four views that were wanted were asked for, each time: four faulty members whose NEW-VIEWs of
-    views 1 to 4 name what will never be wanted them for ever, so nobody asked for a later one. Whoever had jumped over
-    what a correct leader's NEW-VIEW follows from was deaf to that leader for good.
+    """n=9, f=4. Of the views that were wanted the lowest four were asked for: four faulty members whose NEW-VIEWs of
+    views 1 to 4 name what will never be keep them wanted, so nobody asked for a later one. Whoever had jumped over what
+    a correct leader's NEW-VIEW follows from was deaf to that leader for good.
     """
     house = House(9, f=4, algorithm=Algorithm.MINBFT, period=4, window=16, parameters=PATIENT)
     machine = Machine(house, "r8")
