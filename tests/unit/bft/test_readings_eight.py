@@ -337,3 +337,18 @@ def test_views_that_nobody_can_prove_hide_no_other_from_who_asks():
     machine.ticks(20)
     asked = {(peer, message.g) for peer, message in machine.sent if isinstance(message, FetchNewView)}
     assert asked >= {(f"r{i}#{i + 1}", 5) for i in range(8)}
+
+
+def test_the_time_that_a_replica_executes_for_is_no_reason_to_suspect_its_leader():
+    """A batch of 1,024 listings takes a replica some five seconds, in which it hears nobody: then all of them asked for
+    the next view, as nothing had come for that long. One client was enough, with 15 KB now and then.
+    """
+    house = House(5, f=2, algorithm=Algorithm.MINBFT, period=16, window=16)
+    machine = Machine(house, "r1")
+    machine.hear(house.prepare("r0", 0, 1), sender="r0#1")  # two votes of three
+    machine.ticks(1)
+    machine.now_s += 6
+    machine.ticks(0.1)
+    assert Kind.REQ not in machine.core._at.statements
+    machine.ticks(2)
+    assert Kind.REQ in machine.core._at.statements
