@@ -11,6 +11,7 @@ from cloudfit_orchestrator.bft.messages import BundleBody, Named, Read, ReadRepl
 from cloudfit_orchestrator.bft.outbox import MAX_REPLY_BYTES
 from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
 from cloudfit_orchestrator.bft.pbft.messages import WEDGE, Change, NewView, change_statement
+from cloudfit_orchestrator.bft.pool import MAX_BUNDLES, MAX_BYTES, Pool
 from cloudfit_orchestrator.bft.store import MAX_KEY, StateStore
 from cloudfit_orchestrator.bft.usig.messages import (
     Commit,
@@ -352,3 +353,21 @@ def test_the_time_that_a_replica_executes_for_is_no_reason_to_suspect_its_leader
     assert Kind.REQ not in machine.core._at.statements
     machine.ticks(2)
     assert Kind.REQ in machine.core._at.statements
+
+
+@pytest.mark.parametrize("size", [1, 16 << 10])
+def test_a_few_clients_that_fill_the_pool_leave_room_for_another(size: int):
+    """Eight clients with 512 bundles each, or 8 MiB, had all of it, at every replica, and whoever refilled first what a
+    slot had drained kept it. Another client was told that the group is overloaded, for as long as they liked.
+    """
+    pool = Pool()
+    for i in range(512):
+        for greedy in range(8):
+            pool.add(b"%d %d" % (greedy, i), bytes(size), BundleBody("ledger", bytes([greedy]), ()), float(i))
+    assert not pool.add(b"more", bytes(size), BundleBody("ledger", bytes([3]), ()), 600.0)
+    pool.take(1 << 30, 16 * (size + 8))  # these are under way, and stay
+    for i in range(20):
+        assert pool.add(b"modest %d" % i, bytes(size), BundleBody("ledger", b"modest", ()), 600.0)
+    assert {waiting.name for waiting in pool.bundles()} >= {b"%d 0" % greedy for greedy in range(8)}
+    assert len(pool) <= MAX_BUNDLES
+    assert sum(len(waiting.data) for waiting in pool.bundles()) <= MAX_BYTES
