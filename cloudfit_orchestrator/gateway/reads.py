@@ -7,13 +7,14 @@ an ordered read; where that happens again and again, reads are ordered at once f
 import asyncio
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from cloudfit_orchestrator.bft.messages import Read, ReadReply, encode, seen_digest
-from cloudfit_orchestrator.bft.reads import MAX_OPERATIONS, read_quorum
+from cloudfit_orchestrator.bft.messages import Read, ReadReply, encode
+from cloudfit_orchestrator.bft.reads import MAX_OPERATIONS
+from cloudfit_orchestrator.bft.readvotes import Outcome, ReadVotes
+from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
 from cloudfit_orchestrator.model.signing import Verifier
-from cloudfit_orchestrator.model.statement import LAYOUT, Kind, statement_bytes
 
 WAIT_S = 0.25  # for all R answers, then it is ordered
 MAX_READS = 1024  # messages that wait for their answers
@@ -22,13 +23,10 @@ LAST_PAUSE_S = 8.0
 READ_BYTES = 256 << 10  # of operations in one message
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Waiting:
-    record: ConfigRecord  # answers count under this one only: R of another meets neither its writes nor its wedges
-    operations: tuple[bytes, ...]
     answers: "list[asyncio.Future[bytes | None]]"
     timer: asyncio.TimerHandle
-    replies: dict[str, ReadReply] = field(default_factory=dict)
 
 
 class Reads:
@@ -38,8 +36,7 @@ class Reads:
         self, client: bytes, verifier: Verifier, record: Callable[[], ConfigRecord], send: Callable[[bytes], None]
     ) -> None:
         """`client`: raw key; `record` gives the present configuration."""
-        self._client = client
-        self._verifier = verifier
+        self._votes = ReadVotes(client, verifier)
         self._record = record
         self._send = send
         self._number = secrets.randbits(61)  # a read's number is used once by a key, or old answers could come again
@@ -77,64 +74,41 @@ class Reads:
                 count += 1
             part, self._outbox = self._outbox[:count], self._outbox[count:]
             self._number += 1
-            number = self._number
-            operations = tuple(operation for operation, _ in part)
-            timer = asyncio.get_running_loop().call_later(WAIT_S, self._give_up, number)
-            self._waiting[number] = _Waiting(self._record(), operations, [answer for _, answer in part], timer)
-            self._send(encode(Read(number, operations)))
+            read = Read(self._number, tuple(operation for operation, _ in part))
+            timer = asyncio.get_running_loop().call_later(WAIT_S, self._give_up, read.number)
+            self._waiting[read.number] = _Waiting([answer for _, answer in part], timer)
+            self._votes.expect(read, self._record())
+            self._send(encode(read))
 
     def take(self, reply: ReadReply) -> bool:
         """Count an answer. False if it proves nothing."""
-        waiting = self._waiting.get(reply.number)
-        if waiting is None:
-            return True
-        if not reply.seen or reply.c != waiting.record.c:
-            self._give_up(reply.number)
-            return True
-        if len(reply.seen) != len(waiting.operations) or not self._proved(waiting, reply):
+        try:
+            outcome = self._votes.take(reply)
+        except BadError:
             return False
-        waiting.replies[reply.replica] = reply
-        if len(waiting.replies) >= read_quorum(waiting.record):
-            self._count(reply.number, waiting)
+        if outcome is not None:
+            self._settle(reply.number, outcome)
         return True
 
-    def _proved(self, waiting: _Waiting, reply: ReadReply) -> bool:
-        record = waiting.record
-        member = record.member(reply.replica)
-        if member is None or not 0 <= reply.slot < 1 << 63:
-            return False
-        digest = seen_digest(waiting.operations, reply.seen)
-        body = LAYOUT[Kind.READ].pack(self._client, reply.number, reply.slot, digest)
-        message = statement_bytes(Kind.READ, record.group, reply.replica, record.c, body)
-        return self._verifier.verify(member.kss_key, message, reply.signature)
-
-    def _count(self, number: int, waiting: _Waiting) -> None:
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        waiting = self._waiting.pop(number)
         waiting.timer.cancel()
-        del self._waiting[number]
-        replies = list(waiting.replies.values())
-        equal = 0
-        for i, answer in enumerate(waiting.answers):
-            seen = replies[0].seen[i]
-            same = all(reply.seen[i] == seen for reply in replies)
-            equal += same
-            if not answer.done():
-                answer.set_result(seen.result if same else None)
+        equal = sum(result is not None for result in outcome.results)
         self.answered += equal
-        self.given_up += len(replies[0].seen) - equal
-        if equal:
+        self.given_up += len(outcome.results) - equal
+        if outcome.refused:
+            self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LAST_PAUSE_S)
+            self._not_before_s = asyncio.get_running_loop().time() + self._pause_s
+        elif equal:
             self._pause_s = 0.0
+        for answer, result in zip(waiting.answers, outcome.results, strict=True):
+            if not answer.done():
+                answer.set_result(result)
 
     def _give_up(self, number: int) -> None:
-        waiting = self._waiting.pop(number, None)
-        if waiting is None:
-            return
-        waiting.timer.cancel()
-        self.given_up += len(waiting.answers)
-        self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), LAST_PAUSE_S)
-        self._not_before_s = asyncio.get_running_loop().time() + self._pause_s
-        for answer in waiting.answers:
-            if not answer.done():
-                answer.set_result(None)
+        if self._votes.give_up(number):
+            nothing = (None,) * len(self._waiting[number].answers)
+            self._settle(number, Outcome(nothing, refused=True))
 
     def close(self) -> None:
         """Nobody waits any more."""

@@ -12,7 +12,19 @@ from functools import partial
 import msgspec
 
 from cloudfit_orchestrator.bft.effects import Answer, Certify, Effect, Send, Sign
-from cloudfit_orchestrator.bft.messages import BatchMessage, Chunk, Frozen, StatementMessage, encode, peer_decoder
+from cloudfit_orchestrator.bft.messages import (
+    BatchMessage,
+    Chunk,
+    Frozen,
+    Read,
+    ReadReply,
+    Seen,
+    StatementMessage,
+    decode_client,
+    encode,
+    peer_decoder,
+    seen_digest,
+)
 from cloudfit_orchestrator.bft.pbft import messages as pbft
 from cloudfit_orchestrator.bft.usig import messages as usig
 from cloudfit_orchestrator.bft.usig.messages import (
@@ -355,6 +367,51 @@ class CrowdsCheckpoints(Deaf):
         return found
 
 
+class OldReads(Deaf):
+    """Answers reads as it answered them first, under each configuration whose epoch is open, and never refuses."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """See `Deaf`."""
+        super().__init__(rng)
+        self._first: dict[bytes, Seen] = {}  # operation -> the first answer to it
+
+    def effects(self, machine: Machine, effect: Effect) -> Done:
+        """See `Behaviour`."""
+        if not isinstance(effect, Answer):
+            return [(0, effect)]
+        try:
+            reply = decode_client(effect.body)
+        except BadError:  # another behaviour's garbage
+            return [(0, effect)]
+        operations = self._asked(machine, effect.client, reply.number) if isinstance(reply, ReadReply) else ()
+        if not isinstance(reply, ReadReply) or not operations:
+            return [(0, effect)]
+        for operation, seen in zip(operations, reply.seen, strict=False):
+            self._first.setdefault(operation, seen)
+        if not self._first.keys() >= set(operations):
+            return [(0, effect)]
+        old = tuple(self._first[operation] for operation in operations)
+        found: Done = []
+        for c in machine.wormhole.alive:
+            slot = max(seen.slot for seen in old)
+            body = LAYOUT[Kind.READ].pack(effect.client, reply.number, slot, seen_digest(operations, old))
+            try:
+                signature = machine.wormhole.sign(c, Kind.READ, body)
+            except Refusal:
+                continue
+            lie = ReadReply(reply.replica, c, reply.number, slot, old, signature)
+            found.append((0, Answer(effect.client, encode(lie))))
+        return found
+
+    @staticmethod
+    def _asked(machine: Machine, client: bytes, number: int) -> tuple[bytes, ...]:
+        for who, frame in machine.heard_clients:
+            message = decode_client(frame) if who == client else None
+            if isinstance(message, Read) and message.number == number:
+                return message.operations
+        return ()
+
+
 ALL: dict[str, Callable[[random.Random], Behaviour]] = {
     "silent": Silent,
     "selective": SelectiveSend,
@@ -377,6 +434,8 @@ STRONGEST: dict[str, Callable[[random.Random], Behaviour]] = {
     **{f"puppet-{lie}": partial(Puppet, lie=lie) for lie in LIES},
 }
 
+# Of reads that are not ordered: for the profile that has them, so that the draws of the others stay as they are.
+OF_READS: dict[str, Callable[[random.Random], Behaviour]] = {"old-reads": OldReads}
 
 # Of the behaviours above, those that mean something to an engine without streams; more are in `pbft_behaviours.py`.
 _SHARED = [
@@ -390,6 +449,9 @@ _SHARED = [
     "garbage",
 ]
 WITHOUT_WORMHOLE = {name: ALL[name] for name in _SHARED} | pbft_behaviours.ALL
+
+
+EVERY = ALL | STRONGEST | WITHOUT_WORMHOLE | OF_READS
 
 
 class Together:
@@ -433,5 +495,4 @@ def together(
     names: Iterable[str], rng: random.Random, acted: Callable[[str, Effect, Done], None] = lambda *_: None
 ) -> Together:
     """Behaviours by name."""
-    known = ALL | STRONGEST | WITHOUT_WORMHOLE
-    return Together({name: known[name](rng) for name in names}, acted)
+    return Together({name: EVERY[name](rng) for name in names}, acted)

@@ -135,6 +135,7 @@ class Machine:
         self.identity = identity
         self.wormhole = wormhole
         self.behaviour = behaviour
+        self.heard_clients: deque[tuple[bytes, bytes]] = deque(maxlen=64)  # (client, frame), while it is Byzantine
         self.lies = False  # its service makes results up
         self.marked: dict[bytes, str] = {}  # frames that are an attack's own -> its name
         self.disk = SimDisk()
@@ -298,6 +299,8 @@ class Machine:
     def from_client(self, client: bytes, body: bytes) -> None:
         """A frame of a client; dropped if it is not admitted."""
         if self.replica is not None and any(client == known.key for known in self.replica.clients):
+            if self.behaviour is not None:
+                self.heard_clients.append((client, body))
             self._call(lambda replica: replica.from_client(client, body))
 
     def _call(self, action: Callable[[Replica], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import WITH_WORMHOLE, Algorithm, Parameters, quorums_of
 from cloudfit_orchestrator.testing import behaviours
-from cloudfit_orchestrator.testing.profiles import MIXED, PUPPETS, Profile, profile_of
+from cloudfit_orchestrator.testing.profiles import DRAWN, PUPPETS, Profile, profile_of
 
 Changes = dict[str, Any]  # fields of a Profile
 PERIODS_AND_WINDOWS = [(4, 16), (4, 16), (2, 8), (4, 4), (8, 24), (1, 1), (2, 2)]  # K and L, slots
@@ -127,7 +127,7 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
     if n < 2:
         raise BadInputError(f"a group of {n} tolerates nothing", next_command="simulate 3 replicas or more")
     changes = changes or {}
-    f, k = stream("row").choice(rows(n, algorithm)) if name in (MIXED, PUPPETS) else (most_faults(algorithm, n), 0)
+    f, k = stream("row").choice(rows(n, algorithm)) if name in DRAWN else (most_faults(algorithm, n), 0)
     quorums_of(algorithm, n, f, k)
     profile = profile_of(name, stream("profile"), changes)
     replicas = [f"r{i}" for i in range(n)]
@@ -138,9 +138,8 @@ def draw(seed: int, n: int, algorithm: Algorithm, name: str, changes: Changes | 
     fixed = tuple(profile.attacks.split("+")) if profile.attacks else ()
     if name == PUPPETS and algorithm not in WITH_WORMHOLE:
         fixed = ()  # puppets speak in streams
-    every = behaviours.ALL.keys() | behaviours.STRONGEST.keys() | behaviours.WITHOUT_WORMHOLE.keys()
-    if not set(fixed) <= every:
-        known = ", ".join(sorted(every))
+    if not set(fixed) <= behaviours.EVERY.keys():
+        known = ", ".join(sorted(behaviours.EVERY))
         raise BadInputError(f"{profile.attacks} is not all attacks", next_command=f"choose among {known}")
     return Plan(
         seed=seed,

@@ -10,7 +10,8 @@ DROPS = Weather(drop=0.05)
 DELAYS = Weather(jitter_s=0.02, late=0.02, late_s=2.0)
 REORDERS = Weather(delay_s=0.0005, jitter_s=0.03, duplicate=0.1)
 STORM = Weather(drop=0.03, duplicate=0.05, jitter_s=0.01, late=0.01, late_s=1.5)
-MIXED, PUPPETS = "mixed", "puppets"
+MIXED, PUPPETS, READS = "mixed", "puppets", "reads"
+DRAWN = (MIXED, PUPPETS, READS)  # each seed draws its own profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Profile:
     operations: int = 40  # of each client
     busy: int = 12  # the load is multiplied by 1, by so much or by something between
     keys: int = 3
+    reads: float = 0.0  # share of turns in which a client reads without ordering
 
 
 PROFILES: dict[str, Profile] = {
@@ -64,6 +66,7 @@ PROFILES: dict[str, Profile] = {
     ),
     MIXED: Profile(),  # each seed draws its own: see `mixed`
     PUPPETS: Profile(),  # the same, under the strongest adversary
+    READS: Profile(),  # the same, with reads that are not ordered, some of them answered from a state of long ago
 }
 
 
@@ -96,7 +99,11 @@ def mixed(rng: random.Random) -> Profile:
 
 def profile_of(name: str, rng: random.Random, changes: dict[str, object]) -> Profile:
     """The profile of that name, with some fields changed; `rng` draws what a seed draws for itself."""
-    profile = mixed(rng) if name in (MIXED, PUPPETS) else PROFILES[name]
+    profile = mixed(rng) if name in DRAWN else PROFILES[name]
     if name == PUPPETS:
         profile = replace(profile, byzantine=True, attacks="puppet", lapses=0, clocks=0.0, operations=8, busy=4)
+    if name == READS:  # all members must answer equally (R = n where writers wait for f+1), so few may be faulty
+        lies = rng.random() < 0.4
+        attacks = rng.choice(["old-reads", "old-reads+delays"])
+        profile = replace(profile, reads=0.6, byzantine=lies, attacks=attacks, lapses=0, operations=12, keys=1)
     return replace(profile, **changes)  # type: ignore[arg-type]  # names and types are checked where they come in

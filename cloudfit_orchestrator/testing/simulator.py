@@ -33,7 +33,7 @@ from cloudfit_orchestrator.testing.network import Network, Schedule
 from cloudfit_orchestrator.testing.plan import Changes, Plan, draw
 from cloudfit_orchestrator.testing.profiles import CALM, PROFILES
 from cloudfit_orchestrator.testing.troubles import Troubles
-from cloudfit_orchestrator.testing.workload import OnceService, SimClient, waiting_s
+from cloudfit_orchestrator.testing.workload import OnceService, Reading, SimClient, waiting_s
 from cloudfit_orchestrator.testing.wormhole import SimWormhole
 
 GROUP = "simulated"
@@ -122,6 +122,7 @@ class Simulation:
                 keys=[b"key%d" % k for k in range(profile.keys)],
                 operations=profile.operations * busy,
                 pause_s=profile.trouble_s / profile.operations / busy**2,
+                reading=Reading(plan.stream(f"reads {i}"), profile.reads),
             )
             for i, signer in enumerate(signers[: profile.clients])
         }
@@ -185,6 +186,7 @@ class Simulation:
             self._fail(type(error).__name__, traceback.format_exc())
         report = self.report_
         report.answered = sum(client.answered for client in self.clients.values())
+        report.figures["unordered"] = sum(client.unordered for client in self.clients.values())
         report.virtual_s = self.schedule.now_s()
         report.events = self.schedule.events
         report.real_s = time.monotonic() - started

@@ -13,12 +13,15 @@ from cloudfit_orchestrator.bft.messages import (
     Bundle,
     BundleBody,
     Overloaded,
+    Read,
+    ReadReply,
     Replies,
     Request,
     bundle_bytes,
     decode_client,
     encode,
 )
+from cloudfit_orchestrator.bft.readvotes import ReadVotes
 from cloudfit_orchestrator.bft.store import StateStore
 from cloudfit_orchestrator.bft.voting import Votes
 from cloudfit_orchestrator.model.errors import BadError
@@ -45,6 +48,7 @@ RETRY_S = 0.6
 RETRY_SPREAD = 0.2  # of it, to both sides
 BUNDLE_SIZES = (1, 1, 1, 2, 3)
 MAX_RETRY_S = 4.0
+READ_WAIT_S = 0.25  # for R equal answers; then the read is ordered
 
 
 def waiting_s(operations: int, faulty: float) -> float:
@@ -74,6 +78,10 @@ class OnceService:
         if name[-1:] and name[-1] % 2 and self._lies():
             return encode_operation(Put(b"made", b"up")) if name[-1] % 4 == 1 else KvService().execute(store, b"")
         return result
+
+    def read(self, store: StateStore, operation: bytes) -> bytes | None:
+        """See `bft.interfaces.Readable`."""
+        return self._kv.read(store, operation[NAME_BYTES:])
 
 
 def to_operation(call: Call) -> bytes:
@@ -139,6 +147,18 @@ class Open:
     turned_away: bool = False  # by the one that was asked first
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How often a client reads without ordering. `rng` is for this alone, so that the rest of a run is as without."""
+
+    rng: random.Random
+    share: float = 0.0  # of its turns
+
+    def now(self) -> bool:
+        """Whether this turn is such a one."""
+        return self.share > 0 and self.rng.random() < self.share
+
+
 class SimClient:
     """One closed loop: a bundle at a time, until `operations` are answered."""
 
@@ -154,6 +174,7 @@ class SimClient:
         keys: list[bytes],
         operations: int,
         pause_s: float,
+        reading: Reading,
     ) -> None:
         """`keys` are shared with other clients; `pause_s` is the mean time between answer and next bundle."""
         self.name = name
@@ -165,15 +186,19 @@ class SimClient:
         self._rng = rng
         self._keys = keys
         self._pause_s = pause_s
+        self._reading = reading
         self._number = 0
         self._open: Open | None = None
         self._votes = Votes(key.public, verifier)
+        self._reads = ReadVotes(key.public, verifier)
+        self._read: list[tuple[int, Call]] = []  # (handle in the history, call) of the read under way
+        self.unordered = 0  # reads that R replicas answered equally
         self._last: dict[bytes, bytes | None] = {}  # what this client saw last: good guesses for CAS
 
     @property
     def idle(self) -> bool:
         """Every operation was answered."""
-        return self._open is None and self.left <= 0
+        return self._open is None and not self._read and self.left <= 0
 
     @property
     def open_frame(self) -> bytes | None:
@@ -196,7 +221,10 @@ class SimClient:
     def _next(self) -> None:
         count = min(self.left, self._rng.choice(BUNDLE_SIZES))
         self.left -= count
-        self._send([self._call() for _ in range(count)])
+        if self._reading.now():
+            self._look([Call(Of.GET, self._reading.rng.choice(self._keys)) for _ in range(count)])
+        else:
+            self._send([self._call() for _ in range(count)])
 
     def _call(self) -> Call:
         key = self._rng.choice(self._keys)
@@ -208,13 +236,46 @@ class SimClient:
             return Call(kind, key, value, self._last.get(key))
         return Call(kind, key)
 
+    def _look(self, calls: list[Call]) -> None:
+        """Read without ordering; what R members do not answer equally is ordered."""
+        self._number += 1
+        self._read = [(self._history.invoke(self.name, call), call) for call in calls]
+        read = Read(self._number, tuple(bytes(NAME_BYTES) + to_operation(call) for call in calls))
+        record = self._reach.newest()
+        self._reads.expect(read, record)
+        for member in record.members:
+            self._ask(member.replica, encode(read))
+
+        def late() -> None:
+            if self._reads.give_up(read.number):
+                self._settle((None,) * len(self._read))
+
+        self._reach.schedule.after(READ_WAIT_S, late)
+
+    def _settle(self, results: tuple[bytes | None, ...]) -> None:
+        read, self._read = self._read, []
+        again = []
+        for (handle, call), result in zip(read, results, strict=True):
+            if result is None:
+                again.append((handle, call))
+            else:
+                self.unordered += 1
+                self._complete(handle, call, result)
+        if again:
+            self._order(again)
+        else:
+            self._plan()
+
     def _send(self, calls: list[Call]) -> None:
+        self._order([(self._history.invoke(self.name, call), call) for call in calls])
+
+    def _order(self, calls: list[tuple[int, Call]]) -> None:
         requests = []
         opened: dict[int, tuple[int, Call]] = {}
-        for call in calls:
+        for handle, call in calls:
             self._number += 1
             self._votes.expect(self._number)
-            opened[self._number] = (self._history.invoke(self.name, call), call)
+            opened[self._number] = (handle, call)
             name = self.key.public[:4] + self._number.to_bytes(4, "big")
             operation = name + to_operation(call)
             self._reach.issued(operation)
@@ -244,6 +305,8 @@ class SimClient:
             message = decode_client(body)
         except BadError:
             return
+        if isinstance(message, ReadReply):
+            self._seen(message)
         if isinstance(message, Overloaded) and self._open is not None and not self._open.turned_away:
             self._open.turned_away = True  # whoever was asked first cannot help: ask all
             for member in self._reach.newest().members:
@@ -258,9 +321,20 @@ class SimClient:
             self._open = None
             self._plan()
 
+    def _seen(self, reply: ReadReply) -> None:
+        try:
+            outcome = self._reads.take(reply)
+        except BadError:
+            return
+        if outcome is not None:
+            self._settle(outcome.results)
+
     def _answered(self, number: int, data: bytes) -> None:
         assert self._open is not None
         handle, call = self._open.calls.pop(number)
+        self._complete(handle, call, data)
+
+    def _complete(self, handle: int, call: Call, data: bytes) -> None:
         try:
             result = to_result(call, data)
         except BadError as error:

@@ -7,12 +7,12 @@ and says as JSON which seed caught it: [seed, algorithm, kind of failure], or nu
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from msgspec import structs
 
-from cloudfit_orchestrator.bft import batch, clients, voting
+from cloudfit_orchestrator.bft import batch, clients, readvotes, voting
 from cloudfit_orchestrator.bft.checkpoints import Checkpoints
 from cloudfit_orchestrator.bft.messages import NOOP
 from cloudfit_orchestrator.bft.usig import configuration, evidence, logvotes, merge, slots, voice
@@ -33,9 +33,13 @@ from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.quorum import Quorums
 from cloudfit_orchestrator.model.record import WITH_WORMHOLE, Algorithm, ConfigRecord
 from cloudfit_orchestrator.testing import observer
-from cloudfit_orchestrator.testing.profiles import PUPPETS
+from cloudfit_orchestrator.testing.network import Weather
+from cloudfit_orchestrator.testing.profiles import PUPPETS, READS
 from cloudfit_orchestrator.testing.simulator import simulate
 
+QUIET = dict.fromkeys(("crashes", "partitions", "freezes", "clocks"), 0.0) | dict.fromkeys(
+    ("replacements", "reshapes", "rogues", "lapses"), 0
+)  # a profile in which nothing fails but what a mutant says
 EVERY = 1 << 40  # above all counters of a run
 
 
@@ -51,11 +55,12 @@ class Mutant:
     n: int = 3
     attack: str = ""  # of the puppets; empty: two lies that the seed draws
     profile: str = PUPPETS
+    changes: dict[str, Any] = field(default_factory=dict)  # of the profile
     script: str = ""  # a written execution that catches it where chance does not
 
     def run(self, seed: int, algorithm: Algorithm) -> str:
         """The kind of the failure of one seed; empty if all is well."""
-        changes = {"attacks": self.attack} if self.attack else {}
+        changes = self.changes | ({"attacks": self.attack} if self.attack else {})
         return simulate(seed, self.n, algorithm, self.profile, changes=changes).kind
 
     def caught(self) -> tuple[int, Algorithm, str] | None:
@@ -207,6 +212,10 @@ def unsigned_bundles() -> None:
     configuration.BundleChecker = Blind  # type: ignore[misc]
 
 
+def reads_of_f_plus_1() -> None:
+    readvotes.read_quorum = lambda record: record.f + 1  # type: ignore[assignment]
+
+
 def replies_of_f() -> None:
     real = voting.Votes.learn
     voting.Votes.learn = lambda self, record: real(self, replace(record, f=record.f - 1))  # type: ignore[method-assign]
@@ -330,6 +339,15 @@ MUTANTS = {
         ),
         by_seeds("client table", "§3: each request once", no_client_table, kinds=("executed twice",)),
         by_seeds("replies of f", "§3: f+1 equal replies", replies_of_f, kinds=("not linearizable", "WrongAnswerError")),
+        Mutant(
+            "reads of f+1",
+            "§7: R meets each quorum that showed something",
+            reads_of_f_plus_1,
+            ("not linearizable",),
+            most=SEEDS,
+            profile=READS,
+            changes={**QUIET, "byzantine": True, "attacks": "old-reads", "weather": Weather(drop=0.3, jitter_s=0.05)},
+        ),
         by_seeds("bodies logged", "§2: the body is logged before create_ui", bodies_not_logged, kinds=("liveness",)),
         by_seeds("stops the view", "§5.2: who joins stops the view", votes_between_views, kinds=("ProtocolError",)),
         by_script(

@@ -4,13 +4,13 @@ import pytest
 
 from cloudfit_orchestrator.model.record import Algorithm
 from cloudfit_orchestrator.testing import behaviours
-from cloudfit_orchestrator.testing.profiles import MIXED, PROFILES, PUPPETS
+from cloudfit_orchestrator.testing.profiles import DRAWN, MIXED, PROFILES
 from cloudfit_orchestrator.testing.simulator import simulate
 
 LIGHT = {"operations": 6, "trouble_s": 6.0}
 
 
-@pytest.mark.parametrize("profile", sorted(PROFILES.keys() - {MIXED, PUPPETS}))
+@pytest.mark.parametrize("profile", sorted(PROFILES.keys() - set(DRAWN)))
 def test_a_group_of_four_keeps_its_promises_under(profile: str) -> None:
     report = simulate(1, 4, Algorithm.PBFT, profile, changes=LIGHT)
     assert report.ok, f"{report}\n" + "\n".join(report.trace)

@@ -15,7 +15,7 @@ def scenario(test, deadline_s: float = 30):
     return run
 
 
-async def until(condition: Callable[[], object], deadline_s: float = 10) -> None:
+async def until(condition: Callable[[], object], deadline_s: float = 60) -> None:
     """Wait for what another task or process brings about."""
     async with asyncio.timeout(deadline_s):
         while not condition():  # noqa: ASYNC110  what is waited for has no event of its own
