@@ -10,7 +10,8 @@ MAX_LOOSE_BYTES = 16 << 20  # held though no proposal names them: a faulty membe
 @dataclass(slots=True)
 class _Held:
     data: bytes
-    checked: Checked | None
+    valid: bool
+    checked: Checked | None  # decoded it takes as much room again, which only what is not executed yet may take
     slot: int  # the highest slot that a proposal names it for; -1 if none yet
 
 
@@ -37,16 +38,20 @@ class Batches:
             oldest = next(iter(self._loose))
             self._tighten(oldest)
             self._forget(oldest)
-        self.restore(digest, data)
+        self._hold(digest, data, self.checker.valid(data))
         return True
 
     def restore(self, digest: bytes, data: bytes) -> None:
         """Hold a batch of the own log, of which none may be lost: what names it comes later."""
         if digest not in self._held:
-            self._held[digest] = _Held(data, self.checker.valid(data), -1)
-            self._loose[digest] = None
-            self._loose_bytes += len(data)
-            self.bytes += len(data)
+            self._hold(digest, data, self.checker.valid(data))
+            self.executed(digest)  # most of them were
+
+    def _hold(self, digest: bytes, data: bytes, checked: Checked | None) -> None:
+        self._held[digest] = _Held(data, checked is not None, checked, -1)
+        self._loose[digest] = None
+        self._loose_bytes += len(data)
+        self.bytes += len(data)
 
     def _tighten(self, digest: bytes) -> None:
         if digest in self._loose:
@@ -82,12 +87,21 @@ class Batches:
     def checked(self, digest: bytes) -> Checked | None:
         """The decoded batch if it is held and valid."""
         held = self._held.get(digest)
-        return held.checked if held else None
+        if held is None:
+            return None
+        if held.valid and held.checked is None:
+            held.checked = self.checker.valid(held.data)
+        return held.checked
+
+    def executed(self, digest: bytes) -> None:
+        """The batch need not be at hand decoded any more."""
+        if digest in self._held:
+            self._held[digest].checked = None
 
     def valid(self, digest: bytes) -> bool | None:
         """The verdict on a batch, or None if it is not held."""
         held = self._held.get(digest)
-        return None if held is None else held.checked is not None
+        return None if held is None else held.valid
 
     def drop(self, below: int) -> None:
         """Forget batches that only slots up to `below` name."""

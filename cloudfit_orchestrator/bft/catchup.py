@@ -17,7 +17,7 @@ from cloudfit_orchestrator.bft.messages import (
 from cloudfit_orchestrator.bft.ordering import Ordering
 from cloudfit_orchestrator.bft.outbox import Outbox
 from cloudfit_orchestrator.bft.serving import answer_batches, answer_state
-from cloudfit_orchestrator.bft.situation import Situation, replica_of
+from cloudfit_orchestrator.bft.situation import Situation, member_of
 from cloudfit_orchestrator.bft.store import Snapshot
 from cloudfit_orchestrator.bft.transfer import Transfer
 from cloudfit_orchestrator.bft.turns import Rota, Turns
@@ -35,7 +35,7 @@ class CatchUp:
         self._at = situation
         self._out = outbox
         self._turns = Turns()
-        self._rota = Rota()
+        self._rota: Rota[bytes] = Rota()
         self._batches_asked: tuple[bytes, ...] = ()
         self.wait_source = False  # a recovery's exporter is announced: do not fetch from peers what it may have
         self.transfer: Transfer | None = None
@@ -149,16 +149,16 @@ class CatchUp:
             local = self._at.execution.store.snapshot()
             transfer = self.transfer = Transfer(later.slot, later.digest, local, self._out.send, transfer)
         if not transfer.index(peer, message, list(self._at.exporters)):
-            self._out.blame(replica_of(peer), "state index")
+            self._out.blame(member_of(ordering.record, peer), "state index")
 
     def _take_chunk(self, peer: str, message: Chunk) -> None:
-        transfer = self.transfer
-        if transfer is None:
+        transfer, ordering = self.transfer, self._at.ordering
+        if transfer is None or ordering is None:
             return
         if transfer.chunk(peer, message, self._out.now_s) is not None:
             self._out.count("corrupt_chunks")
             if peer not in self._at.exporters:
-                self._out.blame(replica_of(peer), "chunk")
+                self._out.blame(member_of(ordering.record, peer), "chunk")
         if not transfer.done:
             self._tick()
 

@@ -1,5 +1,7 @@
 """Requests from clients and replies to them (protocol §3)."""
 
+from collections import Counter
+
 from cloudfit_orchestrator.bft.batch import (
     BATCH_BYTES,
     Checked,
@@ -9,7 +11,7 @@ from cloudfit_orchestrator.bft.batch import (
     fits,
     make_batch,
 )
-from cloudfit_orchestrator.bft.clients import ClientWindow, Executed, reply_tree
+from cloudfit_orchestrator.bft.clients import MAX_SLOT_RESULTS, ClientWindow, Executed, reply_tree
 from cloudfit_orchestrator.bft.effects import Answer
 from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import Forward, Overloaded, Replies, Result, encode
@@ -34,6 +36,7 @@ class ClientDesk:
         self._out = outbox
         self._reads = reads
         self._again: dict[bytes, dict[int, Result]] = {}  # client -> results to send again
+        self._again_bytes: Counter[bytes] = Counter()  # of them
 
     def take(self, data: bytes, client: bytes | None = None) -> None:
         """A bundle, from its `client` or (None) handed on by a peer. Executed requests are answered from the table."""
@@ -61,13 +64,22 @@ class ClientDesk:
             elif row.acceptable(request.number, limits.client_window):
                 fresh.append(request.number)
         if known and client is not None:
-            again = self._again.setdefault(body.client, {})
-            again.update((result.number, result) for result in known[:MAX_AGAIN])
-            while len(again) > MAX_AGAIN:
-                del again[next(iter(again))]
+            self._gather(body.client, known)
         if fresh and not self._at.pool.add(name, data, body, self._out.now_s) and client is not None:
             self._out.count("overloaded")
             self._out.put(Answer(client, encode(Overloaded(tuple(fresh)))))
+
+    def _gather(self, client: bytes, known: list[Result]) -> None:
+        """To be sent again. Where it is too much for one answer to all, who asks for most gives way, and asks again."""
+        again = self._again.setdefault(client, {})
+        again.update((result.number, result) for result in known[:MAX_AGAIN])
+        while len(again) > MAX_AGAIN:
+            del again[next(iter(again))]
+        sizes = self._again_bytes
+        sizes[client] = sum(len(result.result) for result in again.values())
+        while sizes.total() > MAX_SLOT_RESULTS:
+            ((most, _),) = sizes.most_common(1)
+            sizes[most] -= len(self._again[most].pop(next(iter(self._again[most]))).result)
 
     def _turn_away(self, data: bytes, client: bytes | None) -> None:
         """Say at once that nothing can be done for it here now: the client need not wait to ask others."""
@@ -83,8 +95,9 @@ class ClientDesk:
     def answer_again(self) -> None:
         """Answer what was executed before and is asked for again: one signature for all clients together."""
         if self._again and self._out.every("again", AGAIN_S):
-            waiting = [Executed(client, tuple(results.values())) for client, results in self._again.items()]
+            waiting = [Executed(client, tuple(again.values())) for client, again in self._again.items() if again]
             self._again.clear()
+            self._again_bytes.clear()
             self.reply(self._at.execution.slot, waiting)
 
     def reply(self, slot: int, executed: list[Executed]) -> None:
@@ -105,6 +118,8 @@ class ClientDesk:
 
     def executed(self, batch: Checked) -> None:
         """A batch was executed: its bundles wait no more."""
+        if self._at.ordering is not None:
+            self._at.ordering.batches.executed(batch.digest)
         for name in batch.names:
             self._at.pool.remove(name)
 

@@ -56,6 +56,7 @@ class ClientWindow:
         self.low, self.high, self._bytes = row
         self._read: dict[int, _Page] = {}
         self._changed: set[int] = set()
+        self._stored = self.high // PAGE  # the store has no page beyond it
         self._dropped = self.low  # replies up to here are not kept any more; those up to `low` are, until `_drop`
 
     def cached(self, number: int) -> bytes | None:
@@ -113,6 +114,7 @@ class ClientWindow:
             except BadInputError:
                 self._close_over(min(self.high, (index + 1) * PAGE - 1))
         self._changed.clear()
+        self._stored = self.high // PAGE
         self._store.put(_window_key(self._client), _WINDOW.pack(self.low, self.high, self._bytes))
 
     def _close_over(self, number: int) -> None:
@@ -122,10 +124,18 @@ class ClientWindow:
 
     def _drop(self) -> None:
         """Let go of the replies that the window has closed over, page by page."""
+        used: list[int] | None = None  # pages with replies that are not in the store yet, the first one last
         while self._dropped < self.low:
             first = self._dropped + 1
             index, place = divmod(first, PAGE)
-            last = min(self.low, (index + 1) * PAGE - 1)
+            last = self._dropped = min(self.low, (index + 1) * PAGE - 1)
+            if index > self._stored and index not in self._read:
+                # Nothing was kept there: a client may leave out a window of numbers with each request.
+                used = sorted((i for i in self._read if i > index), reverse=True) if used is None else used
+                while used and used[-1] <= index:
+                    used.pop()
+                self._dropped = min(self.low, used[-1] * PAGE - 1) if used else self.low
+                continue
             for number, reply in enumerate(self._page(index)[place : place + last - first + 1], first):
                 if isinstance(reply, int):
                     self._store.delete(_reply_key(self._client, number))
@@ -135,12 +145,11 @@ class ClientWindow:
             if last % PAGE == PAGE - 1:
                 self._store.delete(_page_key(self._client, index))
                 del self._read[index]
-            self._dropped = last
 
     def _page(self, index: int) -> _Page:
         page = self._read.get(index)
         if page is None:
-            data = self._store.get(_page_key(self._client, index))
+            data = self._store.get(_page_key(self._client, index)) if index <= self._stored else None
             page = self._read[index] = _pages.decode(data) if data is not None else [None] * PAGE
         return page
 

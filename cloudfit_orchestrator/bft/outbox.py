@@ -89,7 +89,7 @@ class Outbox:
         awaited = self._awaited[reply]
         while awaited and (
             len(awaited) >= (MAX_REPLY_SIGNS if reply else MAX_OTHER_SIGNS)
-            or self._reply_bytes + size > MAX_REPLY_BYTES
+            or (reply and self._reply_bytes + size > MAX_REPLY_BYTES)
         ):
             self._reply_bytes -= awaited.pop(next(iter(awaited)))[2]
         self._token += 1

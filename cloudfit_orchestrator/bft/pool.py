@@ -41,11 +41,27 @@ class Pool:
         count, size = self._of_client.get(body.client, (0, 0))
         if count >= MAX_OF_CLIENT or size + len(data) > MAX_BYTES_OF_CLIENT:
             return False
-        if len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES:
-            return False
+        while len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES:
+            if not self._give_way(body.client, len(data)):
+                return False
         self._bundles[name] = self._fresh[name] = Waiting(name, data, body, now_s)
         self._of_client[body.client] = count + 1, size + len(data)
         self._bytes += len(data)
+        return True
+
+    def _give_way(self, client: bytes, size: int) -> bool:
+        """The client that has most lets go of its newest bundle that is not proposed here, and sends it again: a few
+        clients could keep all the room for ever. False if there is none, or `client` would have as much.
+        """
+        by_count = len(self._bundles) >= MAX_BUNDLES
+        shares = {of: count if by_count else size_of for of, (count, size_of) in self._of_client.items()}
+        most = max(shares, key=shares.__getitem__)
+        if shares[most] <= shares.get(client, 0) + (1 if by_count else size):
+            return False
+        newest = next((waiting for waiting in reversed(self._fresh.values()) if waiting.body.client == most), None)
+        if newest is None:
+            return False
+        self.remove(newest.name)
         return True
 
     def remove(self, name: bytes) -> None:

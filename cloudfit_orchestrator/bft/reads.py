@@ -21,6 +21,7 @@ from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 
 MAX_OPERATIONS = 256  # in one message: they are answered at once
 MAX_SEEN_BYTES = 1 << 20  # of results in one answer
+MAX_LOOKED = 4096  # entries that the listings of one message go through; what needs more is ordered
 SHOWN_AHEAD = 256  # slots: one log record for so many
 
 
@@ -94,12 +95,13 @@ class ReadDesk:
         period = ordering.record.parameters.checkpoint_period
         rounded = execution.slot // period * period
         found: list[Seen] = []
-        size = 0
+        size = looked = 0
         for operation in message.operations:
             view = ReadView(execution.store)
             result = service.read(view, operation)
             size += len(result or b"")
-            if result is None or size > MAX_SEEN_BYTES:
+            looked += view.looked
+            if result is None or size > MAX_SEEN_BYTES or looked > MAX_LOOKED:
                 return None
             written = execution.written.last_of_all() if view.all else execution.written.last(view.keys)
             found.append(Seen(max(written, rounded), result))

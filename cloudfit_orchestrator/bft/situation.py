@@ -27,9 +27,12 @@ def peer_id(replica: str, incarnation: int) -> str:
     return f"{replica}#{incarnation}"
 
 
-def replica_of(peer: str) -> str:
-    """The replica's name in a peer id."""
-    return peer.partition("#")[0]
+def member_of(record: ConfigRecord, peer: str) -> str:
+    """The member that `peer` is. If it is none, its own id: what another incarnation of a member says or breaks, be it
+    the one before, is not that member's word or fault.
+    """
+    member = record.member(peer.partition("#")[0])
+    return member.replica if member is not None and peer == peer_id(member.replica, member.incarnation) else peer
 
 
 class Situation:

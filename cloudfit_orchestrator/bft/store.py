@@ -317,7 +317,11 @@ class ServiceView(StateStore):
         return self._store.delete(self._allowed(key))
 
     def items(self, prefix: bytes = b"", after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        return (item for item in self._store.items(prefix, after) if not item[0].startswith(self.RESERVED))
+        if prefix.startswith(self.RESERVED):
+            return iter(())
+        if not prefix:  # the library's own keys come first, and may be many: none of them is looked at
+            after = max(after or b"", self.RESERVED + b"\xff" * MAX_KEY)
+        return self._store.items(prefix, after)
 
     def root(self) -> bytes:
         raise RefusedError("a service does not see the state's digest")

@@ -8,6 +8,7 @@ from cloudfit_orchestrator.bft.situation import Situation
 MAX_TIMEOUT_S = 60.0
 QUICK = 8  # a slot that took no more than this part of the time-out: half of the time-out is ample for the next
 SLOW = 16  # else this part of it goes: 11 slots to a half, and 16 time-outs in all for who is always just in time
+MAX_AWAY_S = 0.5  # between two ticks: what is more was spent executing, or asleep, and says nothing about others
 PATIENCE = 4  # time-outs that a bundle may wait though others' are executed: then it is handed on again, then suspected
 
 
@@ -27,6 +28,7 @@ class Suspicion:
         self._timeout_s = 1.0
         self._view = 0
         self._since_s = 0.0  # the last slot was executed, or nothing waited: other than progress_s no view restarts it
+        self._ticked_s: float | None = None
         self._patient_from_s = 0.0  # a bundle's wait counts from here, in this view
         self._handed_on: float | None = None  # when the bundle arrived that was handed on again as it had waited long
 
@@ -46,6 +48,7 @@ class Suspicion:
     def tick(self, *, transferring: bool) -> None:
         """Ask for the next view if something waits for too long: first a bundle is forwarded, only then suspected."""
         ordering, at = self._at.ordering, self._at
+        self._pardon()
         if ordering is None or not ordering.may_suspect or not at.installed:
             return
         self._desk.forward(ordering, behind=transferring)
@@ -72,6 +75,15 @@ class Suspicion:
         at.progress_s = self._out.now_s
         self._timeout_s = min(self._timeout_s * 2, MAX_TIMEOUT_S)
         ordering.suspect()
+
+    def _pardon(self) -> None:
+        """Others are not to blame for the time in which nobody here listened: a client's requests may take seconds."""
+        now_s, before_s = self._out.now_s, self._ticked_s
+        self._ticked_s = now_s
+        if before_s is not None and now_s - before_s > MAX_AWAY_S:
+            self._at.progress_s += now_s - before_s - MAX_AWAY_S
+            self._patient_from_s += now_s - before_s - MAX_AWAY_S
+            self._since_s = min(now_s, self._since_s + now_s - before_s - MAX_AWAY_S)
 
     def _overlooked(self, ordering: Ordering, oldest_s: float | None) -> bool:
         """The bundle that waits longest has waited long in this view, though slots are executed: who proposes serves

@@ -2,6 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+_Name = TypeVar("_Name", bytes, int)
 
 
 class Turns:
@@ -22,7 +25,7 @@ class Turns:
         return others[self.count(question) % len(others)]
 
 
-class Rota:
+class Rota(Generic[_Name]):
     """What to ask a peer for, of more than one question holds: what it was asked for longest ago. Whoever can add to
     the names, or take some away, moves none that waits further back: where the next question began was once told by
     how many there were, and a faulty member that guessed it could dodge the one that mattered.
@@ -30,9 +33,9 @@ class Rota:
 
     def __init__(self) -> None:
         self._turn = 0
-        self._asked: dict[str, dict[bytes, int]] = {}  # peer -> name -> the turn when it was asked for, or came up
+        self._asked: dict[str, dict[_Name, int]] = {}  # peer -> name -> the turn when it was asked for, or came up
 
-    def next(self, peer: str, names: Iterable[bytes], most: int) -> tuple[bytes, ...]:
+    def next(self, peer: str, names: Iterable[_Name], most: int) -> tuple[_Name, ...]:
         """Up to `most` of the names, to ask that peer for now."""
         self._turn += 1
         before = self._asked.get(peer, {})

@@ -44,6 +44,7 @@ class ReadView(ServiceView):
         super().__init__(store)
         self.keys: list[bytes] = []
         self.all = False  # it looked for keys: any write may matter
+        self.looked = 0  # entries that it went through so
 
     def get(self, key: bytes) -> bytes | None:
         """See `StateStore`."""
@@ -53,7 +54,12 @@ class ReadView(ServiceView):
     def items(self, prefix: bytes = b"", after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `StateStore`."""
         self.all = True
-        return super().items(prefix, after)
+        return self._counted(super().items(prefix, after))
+
+    def _counted(self, items: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+        for item in items:
+            self.looked += 1
+            yield item
 
     def put(self, key: bytes, value: bytes) -> bool:
         """Refused."""

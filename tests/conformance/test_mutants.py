@@ -61,7 +61,7 @@ def creates(base: type[Ordering]) -> type[Ordering]:
             if found is None or s != 2:
                 return found
             body = BundleBody(self.record.life, self.record.clients[0].key, (Request(200, b"forged"),))
-            self.batches._held[FORGED] = _Held(b"\x90", Checked(FORGED, (body,)), s)
+            self.batches._held[FORGED] = _Held(b"\x90", valid=True, checked=Checked(FORGED, (body,)), slot=s)
             return FORGED
 
     return Mutant

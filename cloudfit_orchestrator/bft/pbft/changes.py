@@ -39,9 +39,11 @@ class Changes:
         self._newest: dict[str, bytes] = {}  # replica -> digest of its VIEW-CHANGE with the highest target
         self._wedges: dict[str, bytes] = {}  # replica -> digest of its first wedge
         self._named: set[bytes] = set()  # digests that a NEW-VIEW or a set of wedges names
+        self._used: set[bytes] = set()  # digests of wedges that an S was computed from
         self._new_views: dict[bytes, tuple[Change, NewView]] = {}  # by digest; signed by the leader of their view
         self._floor = 0  # the view that was entered: what asks for none above it is of no use
         self.wanted: set[bytes] = set()  # digests that are named and not here
+        self.logged: list[Change] = []  # votes of the own log, until the NEW-VIEW that names them is read
 
     # ----------------------------------------------------------------------------------------------------- taking in
     def add(self, change: Change, *, trusted: bool = False) -> str:
@@ -67,8 +69,18 @@ class Changes:
             return ""
         broken = "" if trusted else check_view_change(self._record, self._statements, body)
         if not broken:
-            self._keep(change, name, body)
+            self._keep(change, name, body, trusted=trusted)
         return broken
+
+    def restore_named(self, body: ViewChange | NewView) -> None:
+        """Take in what a NEW-VIEW of the own log names. Other votes there are of one that was not written any more: of
+        a later view, they would take the place of what is named.
+        """
+        names = {named.digest for named in body.view_changes} if isinstance(body, NewView) else set()
+        votes, self.logged = self.logged, []
+        for vote in votes:
+            if change_statement(vote.body) in names:
+                self.add(vote, trusted=True)
 
     def _largest(self) -> int:
         slots, n = self._record.parameters.window, self._record.n
@@ -83,11 +95,13 @@ class Changes:
             else body.target > max(self._floor, self.target(replica))
         )
 
-    def _keep(self, change: Change, name: bytes, body: ViewChange) -> None:
+    def _keep(self, change: Change, name: bytes, body: ViewChange, *, trusted: bool) -> None:
         self._bodies[name] = (change, body)
         self.wanted.discard(name)
         if body.target == WEDGE:
             self._wedges.setdefault(change.replica, name)
+            if trusted:
+                self._used.add(name)
         elif body.target > self.target(change.replica):
             old = self._newest.get(change.replica)
             self._newest[change.replica] = name
@@ -144,6 +158,8 @@ class Changes:
                 found.append(held)
         if len(found) < len(names):
             return None
+        if target == WEDGE:
+            self._used.update(named.digest for named in names)
         final = new_view([body for _, body in found])
         return tuple(change for change, _ in found), final
 
@@ -165,9 +181,11 @@ class Changes:
         self._new_views.pop(change_statement(change.body), None)
 
     def begin(self) -> None:
-        """What is named is about to be named again: let go of what nobody names any more."""
-        keep = self._named | set(self._newest.values())
-        self._bodies = {name: held for name, held in self._bodies.items() if name in keep or held[1].target == WEDGE}
+        """What is named is about to be named again: let go of what nobody names any more. A member may sign any number
+        of wedges, and have a false NEW-VIEW name them.
+        """
+        keep = self._named | self._used | {*self._newest.values(), *self._wedges.values()}
+        self._bodies = {name: held for name, held in self._bodies.items() if name in keep}
         self._named.clear()
         self.wanted.clear()
 

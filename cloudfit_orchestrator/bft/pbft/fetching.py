@@ -25,7 +25,7 @@ class Fetching:
         self._at = host
         self._out = out
         self._turns = Turns()
-        self._rota = Rota()
+        self._rota: Rota[bytes] = Rota()
 
     def fetch(self) -> None:
         """Ask the next peer for what follows the own state, if anybody seems to know more, and for what is named."""

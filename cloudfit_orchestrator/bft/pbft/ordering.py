@@ -28,10 +28,11 @@ from cloudfit_orchestrator.bft.pbft.messages import (
     Stable,
     Vote,
     change_statement,
+    decode_body,
     vote_statement,
 )
 from cloudfit_orchestrator.bft.pbft.voice import Voice
-from cloudfit_orchestrator.bft.situation import replica_of
+from cloudfit_orchestrator.bft.situation import member_of
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.orders import open_retire
@@ -69,7 +70,6 @@ class PbftOrdering(Ordering):
         self.proofs: dict[int, Decided] = {}  # commit certificates, for those that lag behind
         self._decided: dict[int, bytes] = {}
         self._settled = record.h
-        self._logged_votes: list[Change] = []  # of the own log, until the NEW-VIEW that names them is read
         self._used: dict[bytes, Change] = {}  # wedges that an S was computed from, by digest
         self._early: dict[str, deque[Vote]] = {}
         self._named: dict[bytes, int] = {}  # batches that proposals name -> the highest slot
@@ -128,7 +128,8 @@ class PbftOrdering(Ordering):
                     pass
         except BadError:
             self._out.count("bad_signature")
-            self._out.blame(replica_of(peer), "signature")  # a correct peer hands nothing on that it has not verified
+            # A correct peer hands nothing on that it has not verified.
+            self._out.blame(member_of(self.record, peer), "signature")
 
     def answer(self, peer: str, message: Frozen) -> bool:
         """See `Ordering`."""
@@ -256,7 +257,7 @@ class PbftOrdering(Ordering):
         """See `Ordering`."""
         match entry:
             case LogVote() if entry.change.c == self.record.c:
-                self._logged_votes.append(entry.change)
+                self.changes.logged.append(entry.change)
             case LogView() if entry.new_view.c == self.record.c:
                 self._restore_view(entry)
             case LogWedge(change=wedge) if wedge.c == self.record.c:
@@ -265,13 +266,8 @@ class PbftOrdering(Ordering):
             case _ if self.voice is not None:
                 self.voice.restore(entry)
 
-    def restore_votes(self) -> None:
-        """The votes that were read from the own log are named by what comes now."""
-        while self._logged_votes:
-            self.changes.add(self._logged_votes.pop(), trusted=True)
-
     def _restore_view(self, entry: LogView) -> None:
-        self.restore_votes()
+        self.changes.restore_named(decode_body(entry.new_view.body))
         self.changes.add(entry.new_view, trusted=True)
         for change, body in self.changes.new_views():
             if change == entry.new_view:

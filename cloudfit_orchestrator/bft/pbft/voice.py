@@ -128,7 +128,7 @@ class Voice:
     def _restore_own(self, entry: LogOwn) -> None:
         body = decode_body(entry.body)
         if isinstance(body, NewView):
-            self._of.restore_votes()
+            self._of.changes.restore_named(body)
             self._new_views[body.g] = entry.body
             self.name_votes()
             return

@@ -7,7 +7,7 @@ from cloudfit_orchestrator.bft.usig.judge import StreamState
 from cloudfit_orchestrator.bft.usig.merge import Proposal, slots_of
 from cloudfit_orchestrator.bft.usig.messages import Commit, Header, Prepare, Skip, StreamMessage, decode_header
 from cloudfit_orchestrator.bft.usig.slots import Slots
-from cloudfit_orchestrator.bft.usig.stream import MAX_AHEAD, Citation, Stream, Waiting
+from cloudfit_orchestrator.bft.usig.stream import Citation, Stream, Waiting
 from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord
@@ -72,7 +72,7 @@ class Citations:
         stands = stream.stands(citation.cv)
         if stands:
             self._vote(voter, citation, state)
-        elif stands is None and citation.cv <= stream.cursor + MAX_AHEAD:  # further ahead, a checkpoint will cover it
+        elif stands is None:  # however far ahead: f faulty members can see to it that no checkpoint covers its slot
             self._waiting.setdefault((citation.proposer, citation.cv), []).append((voter, citation, state))
             self._wanted.stream(citation.proposer, citation.cv, voter)
 

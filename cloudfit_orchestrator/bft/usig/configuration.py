@@ -229,6 +229,8 @@ class Configuration:
                     moved = True
         self.citations.settle()
         self.votes.want_logs()
+        unread = {stream.state.e for stream in self.streams.values()} - self.new_views.keys() - {0}
+        self.wanted.views.update(g for g in unread if g >= self._current)  # who jumped over it must enter it, too
         if self._lacking:
             self._lacking = {d for d in self._lacking if d in self.named and self.batches.valid(d) is None}
             self.wanted.batches |= self._lacking
@@ -446,6 +448,11 @@ class Configuration:
         self._merge_wants.add(digest)
 
     # ------------------------------------------------------------------------------------------------------- garbage
+    @property
+    def _current(self) -> int:
+        """The lowest view whose NEW-VIEW is kept in any case: all but f streams have entered it, or a later one."""
+        return sorted(stream.state.e for stream in self.streams.values())[self.record.f]
+
     def truncate(self, floor: int) -> None:
         """Forget what no log, view or slot above `floor` (own stable slot - L) needs (protocol §4)."""
         window = self._window
@@ -453,7 +460,7 @@ class Configuration:
             stream.truncate(self.attestations.attested(stream.replica), window)
         # NEW-VIEW(e) is kept while e is current (until all but f streams have gone beyond it), and while a kept log
         # holds or commits to it: who reads that log must be able to judge it.
-        current = sorted(stream.state.e for stream in self.streams.values())[self.record.f]
+        current = self._current
         cited = {
             kept.header.g
             for stream in self.streams.values()

@@ -5,7 +5,7 @@ its log. The log is the sender's stream from any permitted anchor: an anchor's s
 before it concerns slots up to h only, and every judge gets the same merge whichever anchor it holds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,18 +91,27 @@ def vote_of(
     message: StreamMessage | None = None,
     retires: tuple[str, ...] = (),
 ) -> Vote:
-    """Read a vote off the kept part of a stream, up to the message `name` (None if EPOCH-END stands in its place)."""
+    """Read a vote off the kept part of a stream, up to the message `name` (None if EPOCH-END stands in its place).
+    Each proposal is taken once, for slots that a merge may look at: a faulty member may vote for a wide SKIP 2L times.
+    """
     proposals: list[Proposal] = []
     views: list[tuple[int, int]] = []
     log: list[StreamMessage] = []
+    taken: set[tuple[str, int]] = set()  # (proposer, cv)
+
+    def take(header: Prepare | Skip, of: StreamState, proposer: str, cv: int) -> None:
+        if (proposer, cv) not in taken:
+            taken.add((proposer, cv))
+            proposals.extend(p for p in _proposals(record, header, of, proposer, cv) if p.s > state.h)
+
     for item in kept:
         log.append(item.message)
         match item.header:
             case Prepare() | Skip():
-                proposals += _proposals(record, item.header, item.state, item.message.replica, item.message.cv)
+                take(item.header, item.state, item.message.replica, item.message.cv)
             case Commit():
                 for entry in item.entries:
-                    proposals += _proposals(record, entry.header, item.state, entry.proposer, entry.cv)
+                    take(entry.header, item.state, entry.proposer, entry.cv)
             case NewView() | CommitNewView():
                 views.append((item.header.g, item.state.p))
             case _:
@@ -114,12 +123,13 @@ def vote_of(
 
 def _proposals(
     record: ConfigRecord, header: Prepare | Skip, state: StreamState, proposer: str, cv: int
-) -> list[Proposal]:
+) -> Iterator[Proposal]:
     # The voter had entered the proposal's view (R1), so its state knows who proposes in it.
     if isinstance(header, Skip) and header.s2 - header.s1 > 2 * record.parameters.window:
-        return []  # cannot stand (form); bounds the work
+        return  # cannot stand (form); bounds the work
     batch = header.batch if isinstance(header, Prepare) else NOOP
-    return [Proposal(header.g, s, proposer, cv, batch) for s in slots_of(header, record, state, proposer)]
+    for s in slots_of(header, record, state, proposer):
+        yield Proposal(header.g, s, proposer, cv, batch)
 
 
 def merge(record: ConfigRecord, votes: Sequence[Vote], lookup: Lookup) -> Merged | Missing:

@@ -7,7 +7,7 @@ from cloudfit_orchestrator.bft.journal import LogBatch
 from cloudfit_orchestrator.bft.messages import Frozen, Named
 from cloudfit_orchestrator.bft.ordering import Final, Host, Ordering, TakeBatch
 from cloudfit_orchestrator.bft.outbox import Outbox
-from cloudfit_orchestrator.bft.situation import replica_of
+from cloudfit_orchestrator.bft.situation import member_of
 from cloudfit_orchestrator.bft.usig import recall
 from cloudfit_orchestrator.bft.usig.configuration import Configuration
 from cloudfit_orchestrator.bft.usig.fetching import Fetching
@@ -129,7 +129,7 @@ class UsigOrdering(Ordering):
         offered = configuration.offer(message)
         if offered is Offered.BAD:
             self._out.count("bad_ui")
-            self._out.blame(replica_of(peer), "ui")
+            self._out.blame(member_of(self.record, peer), "ui")
             return
         named_by = message.header if offered is Offered.TAKEN else b""
         if message.batch and configuration.offer_batch(message.batch, named_by) is not None:
@@ -204,7 +204,7 @@ class UsigOrdering(Ordering):
         if not isinstance(header, Commit) or self.record.quorums.commit > 2:
             return lambda _: True
         waiting_for_it = {entry.proposer for entry in header.entries}
-        return lambda peer: replica_of(peer) in waiting_for_it
+        return lambda peer: member_of(self.record, peer) in waiting_for_it
 
     def refused(self, code: ErrorCode) -> None:
         """See `Ordering`."""
