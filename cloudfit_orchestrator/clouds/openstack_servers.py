@@ -151,7 +151,8 @@ class Servers:
                 asked = True
                 there = lambda: self.all_of(owner)  # noqa: E731
                 answer = make_once(self._api, lambda: self._api.make("compute", "/servers", body, tried), there, tried)
-                made = str(((answer or {}).get("server") or {}).get("id", ""))
+                server = (answer or {}).get("server")
+                made = str(server.get("id", "")) if isinstance(server, dict) else ""
                 return None
             server = found[0]
             if server["metadata"].get(FINGERPRINT) != fingerprint:

@@ -62,6 +62,19 @@ def test_a_machine_that_lost_its_group_tag_is_still_ours(fake, cloud, tmp_path):
     assert not fake.objects["servers"]
 
 
+@pytest.mark.parametrize("told", [{"server": "soon"}, {"server": {"id": 7}}, {"server": {"id": "another"}}, {}])
+def test_what_an_answer_says_of_a_new_server_is_only_a_hint(monkeypatch, fake, cloud, tmp_path, told):
+    real = fake.answer
+
+    def answer(method, target, headers, body):
+        status, document, more = real(method, target, headers, body)
+        return status, told if method == "POST" and target.endswith("/servers") else document, more
+
+    monkeypatch.setattr(fake, "answer", answer)
+    made = cloud.create(machine_spec(tmp_path, cloud))
+    assert list(fake.objects["servers"]) == [made.id]
+
+
 @pytest.mark.parametrize(("listing", "key"), [("/servers/detail", "servers"), ("/ports", "ports")])
 def test_a_machine_costs_the_same_however_many_there_are(monkeypatch, fake, cloud, tmp_path, listing, key):
     for replica in ("r1", "r2", "r3"):
