@@ -122,11 +122,15 @@ class Outbox:
         self.counters[name] = self.counters.get(name, 0) + 1
 
     def blame(self, replica: str, kind: str, slot: int = 0) -> None:
-        """`replica` lied or is wrong, provably; told once a kind."""
+        """`replica` lied or is wrong, provably; told once a kind. A member by its name; another incarnation of one by its
+        peer id, and the report says which.
+        """
         if (replica, kind) not in self._blamed:
             self._blamed.add((replica, kind))
             self.count(f"lies_{replica}")
-            self.report("liar", {"replica": replica, "kind": kind, "slot": slot})
+            name, _, incarnation = replica.partition("#")
+            which = {"incarnation": int(incarnation)} if incarnation else {}
+            self.report("liar", {"replica": name, **which, "kind": kind, "slot": slot})
 
     # ---------------------------------------------------------------------------------------------------------- time
     def every(self, name: str, seconds: float) -> bool:
