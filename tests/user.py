@@ -17,6 +17,7 @@ import pytest
 
 CLOUDFIT = [sys.executable, "-m", "cloudfit_orchestrator.cli"]
 COMMAND_TIMEOUT_S = 900
+PATIENCE = ("--timeout", "300")  # a machine that starts again is needed for some answers: half a minute on a slow host
 
 
 class User:
@@ -79,10 +80,10 @@ class User:
         return process.returncode
 
     def put(self, key: str, value: str) -> None:
-        self.run("kv", "put", self.group, key, value)
+        self.run("kv", "put", self.group, key, value, *PATIENCE)
 
     def get(self, key: str) -> str:
-        document = self.json("kv", "get", self.group, key)
+        document = self.json("kv", "get", self.group, key, *PATIENCE)
         return base64.b64decode(document["value_base64"]).decode()
 
     def members(self) -> dict[str, dict[str, Any]]:

@@ -122,8 +122,8 @@ class Outbox:
         self.counters[name] = self.counters.get(name, 0) + 1
 
     def blame(self, replica: str, kind: str, slot: int = 0) -> None:
-        """`replica` lied or is wrong, provably; told once a kind. A member by its name; another incarnation of one by its
-        peer id, and the report says which.
+        """`replica` lied or is wrong, provably; told once a kind. A member by its name; another incarnation of one by
+        its peer id, and the report says which.
         """
         if (replica, kind) not in self._blamed:
             self._blamed.add((replica, kind))

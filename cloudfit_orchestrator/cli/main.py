@@ -162,6 +162,12 @@ def group_destroy(session: Session, name: str, unprotect: bool, form: str) -> No
 # --- the kv service
 
 
+timeout_option = click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=KV_TIMEOUT_S, show_default=True,
+    metavar="SECONDS", help="Give up when f+1 replicas have not answered equally by then.",
+)  # fmt: skip
+
+
 @cli.group("kv")
 def kv_() -> None:
     """The key-value service of a group."""
@@ -171,23 +177,25 @@ def kv_() -> None:
 @click.argument("group")
 @click.argument("key")
 @click.argument("value")
+@timeout_option
 @pass_session
 @guarded
-def kv_put(session: Session, group: str, key: str, value: str) -> None:
+def kv_put(session: Session, group: str, key: str, value: str, timeout_s: float) -> None:
     """Set KEY to VALUE; returns once f+1 replicas agree."""
-    with session.context() as context, Kv(context, session.home, group, timeout_s=KV_TIMEOUT_S) as kv:
+    with session.context() as context, Kv(context, session.home, group, timeout_s=timeout_s) as kv:
         kv.put_many([(key.encode(), value.encode())])
 
 
 @kv_.command("get", epilog="Example: cloudfit kv get ledger colour")
 @click.argument("group")
 @click.argument("key")
+@timeout_option
 @format_option
 @pass_session
 @guarded
-def kv_get(session: Session, group: str, key: str, form: str) -> None:
+def kv_get(session: Session, group: str, key: str, timeout_s: float, form: str) -> None:
     """Print the value of KEY; exit code 1 if there is none."""
-    with session.context() as context, Kv(context, session.home, group, timeout_s=KV_TIMEOUT_S) as kv:
+    with session.context() as context, Kv(context, session.home, group, timeout_s=timeout_s) as kv:
         (value,) = kv.get_many([key.encode()])
     if form == "json":
         text = None if value is None else base64.b64encode(value).decode()
@@ -203,11 +211,12 @@ def kv_get(session: Session, group: str, key: str, form: str) -> None:
 @kv_.command("del", epilog="Example: cloudfit kv del ledger colour")
 @click.argument("group")
 @click.argument("key")
+@timeout_option
 @pass_session
 @guarded
-def kv_del(session: Session, group: str, key: str) -> None:
+def kv_del(session: Session, group: str, key: str, timeout_s: float) -> None:
     """Remove KEY."""
-    with session.context() as context, Kv(context, session.home, group, timeout_s=KV_TIMEOUT_S) as kv:
+    with session.context() as context, Kv(context, session.home, group, timeout_s=timeout_s) as kv:
         kv.delete(key.encode())
 
 
