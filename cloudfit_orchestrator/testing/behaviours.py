@@ -4,6 +4,7 @@ A taken-over guest can do all that its core asks for in another way, leave it ou
 wormhole certify a counter twice or sign an untyped statement. Each behaviour is applied to one effect after the other.
 """
 
+import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -406,9 +407,10 @@ class OldReads(Deaf):
     @staticmethod
     def _asked(machine: Machine, client: bytes, number: int) -> tuple[bytes, ...]:
         for who, frame in machine.heard_clients:
-            message = decode_client(frame) if who == client else None
-            if isinstance(message, Read) and message.number == number:
-                return message.operations
+            with contextlib.suppress(BadError):  # of a Byzantine client
+                message = decode_client(frame)
+                if who == client and isinstance(message, Read) and message.number == number:
+                    return message.operations
         return ()
 
 

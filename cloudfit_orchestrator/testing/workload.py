@@ -149,7 +149,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How often a client reads without ordering. `rng` is for this alone, so that the rest of a run is as without."""
+    """How often a client reads without ordering. `rng` is for this alone, so that runs without reads draw as ever."""
 
     rng: random.Random
     share: float = 0.0  # of its turns

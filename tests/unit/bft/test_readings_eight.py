@@ -6,9 +6,10 @@ import pytest
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, batch_digest, make_batch
 from cloudfit_orchestrator.bft.clients import ClientWindow, execute
+from cloudfit_orchestrator.bft.effects import Report
 from cloudfit_orchestrator.bft.journal import entry_decoder
 from cloudfit_orchestrator.bft.messages import BundleBody, Named, Read, ReadReply, Request, decode_client, encode
-from cloudfit_orchestrator.bft.outbox import MAX_REPLY_BYTES
+from cloudfit_orchestrator.bft.outbox import MAX_REPLY_BYTES, Outbox
 from cloudfit_orchestrator.bft.pbft.journal import ENTRIES, LogView
 from cloudfit_orchestrator.bft.pbft.messages import WEDGE, Change, NewView, change_statement
 from cloudfit_orchestrator.bft.pool import MAX_BUNDLES, MAX_BYTES, Pool
@@ -20,8 +21,6 @@ from cloudfit_orchestrator.bft.usig.messages import (
     Fetch,
     FetchNewView,
     Merge,
-    Stable,
-    decode_header,
 )
 from cloudfit_orchestrator.bft.usig.messages import NewView as UsigNewView
 from cloudfit_orchestrator.bft.usig.serving import answer_fetch, answer_view
@@ -33,7 +32,7 @@ from tests.conformance.group import Group
 from tests.unit.bft.house import House
 from tests.unit.bft.machine import Machine
 from tests.unit.bft.test_pbft import change, group_of, node, ordering, prepared, tell, view_change
-from tests.unit.bft.test_readings_usig import Pair
+from tests.unit.bft.test_readings_five import behind_a_gap
 
 PATIENT = {"progress_timeout_ms": 60_000}  # nobody is suspected in these executions
 
@@ -110,27 +109,22 @@ def test_another_incarnation_than_the_members_is_not_the_owner_of_its_stream():
     successor's state is fetched, a recovery's machine that lies - could make a member jump over the correct owner's
     votes, beside f faulty members: whoever waited for that one answer waited for ever.
     """
-    house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
-    pair = Pair(house)
-    r0, r1 = pair.members["r0"], pair.members["r1"]
-    r1.client(house.bundle([(1, add(1))]))
-    pair.exchange()
-    house.prepare("r2", 0, 2)
-    for member in (r0, r1):
-        member.hear(*house.streams["r2"], sender="r2#3")
-    pair.slow = True
-    r0.client(house.bundle([(2, add(1))]))  # slot 3 is r0's
-    r1.hear(*house.streams["r0"], sender="r0#1")
-    pair.ticks(0.2)
-    assert (r0.core.status["slot"], r1.core.status["slot"]) == (2, 3)
-    stable = house.streams["r1"][-1]
-    told = decode_header(stable.header)
-    assert isinstance(told, Stable)
-    attested = house.stable("r2", told.h, digest=told.digest, certificate=told.certificate)
+    pair, r0, stable, attested = behind_a_gap()
     r0.hear(Discarded(stable, (attested,)), sender="r1#7")  # r1 is r1#2
     pair.catch_up()  # from here on r2 is silent, and the network good
     pair.ticks(5)
     assert r0.core.status["slot"] == 3
+
+
+def test_a_liar_that_is_no_member_is_told_of_by_name_and_incarnation():
+    out = Outbox()
+    out.replaying = False
+    out.blame("r1", "chunk")
+    out.blame("r1#7", "chunk")
+    out.blame("r1#7", "chunk")
+    told = [effect.body for effect in out.drain() if isinstance(effect, Report)]
+    liar = {"replica": "r1", "kind": "chunk", "slot": 0}
+    assert told == [liar, {**liar, "incarnation": 7}]
 
 
 # ----- memory and work

@@ -177,10 +177,10 @@ def test_a_leader_logs_what_its_new_view_cites_in_records_that_the_log_takes():
     assert {log[-1].replica for log in view.logs} == {"r1", *liars}
 
 
-def test_no_peer_makes_a_member_jump_over_votes_that_no_certificate_covers():
-    """A peer that was asked for a gap, as its owner's answer was slow, called discarded what was on its way: a COMMIT
-    that had decided a slot of the one who asked, for its owner alone. This one had executed it and was content, the
-    peer said no more, and whoever waited for that one answer waited for ever.
+def behind_a_gap():
+    """(both correct members, r0 of them, a STABLE of r1's beyond what r0 has of its stream, one that attests it).
+
+    Slot 3 is decided at r1 by a COMMIT that is still on its way to r0.
     """
     house = House(3, period=1, window=4, parameters={"progress_timeout_ms": 500})
     pair = Pair(house)
@@ -199,6 +199,15 @@ def test_no_peer_makes_a_member_jump_over_votes_that_no_certificate_covers():
     told = decode_header(stable.header)
     assert isinstance(told, Stable)
     attested = house.stable("r2", told.h, digest=told.digest, certificate=told.certificate)
+    return pair, r0, stable, attested
+
+
+def test_no_peer_makes_a_member_jump_over_votes_that_no_certificate_covers():
+    """A peer that was asked for a gap, as its owner's answer was slow, called discarded what was on its way: a COMMIT
+    that had decided a slot of the one who asked, for its owner alone. This one had executed it and was content, the
+    peer said no more, and whoever waited for that one answer waited for ever.
+    """
+    pair, r0, stable, attested = behind_a_gap()
     r0.hear(stable, sender="r2#3")  # so r0 sees the gap, and asks
     for _ in range(8):
         r0.hear(Discarded(stable, (attested,)), sender="r2#3")
