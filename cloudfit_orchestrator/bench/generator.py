@@ -27,6 +27,7 @@ from cloudfit_orchestrator.bench.profiles import new_profile, top
 from cloudfit_orchestrator.controller.home import Home
 from cloudfit_orchestrator.gateway.client import Client
 from cloudfit_orchestrator.gateway.kv import KvClient
+from cloudfit_orchestrator.gateway.numbers import FileNumbers
 from cloudfit_orchestrator.model.errors import BadInputError, CloudfitError
 
 TIMEOUT_S = 20.0  # of one operation: above a view change with its doubled time-outs
@@ -127,7 +128,7 @@ class GroupTarget:
     """A replica group's kv service through the client SDK."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        """`order`: as `group.Group.target` makes it."""
+        """`order`: as `group.Group.target` and `standing.target` make it."""
         identity = Home(Path(order["home"])).client(order["client"])
         routes = order["routes"]
         self._client = Client(
@@ -135,6 +136,7 @@ class GroupTarget:
             [base64.b64decode(key) for key in order["controller_keys"]],
             admitted=identity.public,
             key=identity.key,
+            numbers=FileNumbers(Path(order["numbers"])) if order["numbers"] else None,
             near=order["near"],
             route=routes.get,
         )

@@ -174,6 +174,7 @@ class Group:
             "kind": "group",
             "home": str(self._root),
             "client": f"load{client}",
+            "numbers": None,  # its key lives no longer than the group
             "envelope": base64.b64encode(envelope).decode(),
             "controller_keys": [base64.b64encode(key).decode() for key in self._context.trusted],
             "near": near,

@@ -34,7 +34,8 @@ MAX_DURATION_S = 3600.0
 LEAD_S = 0.05  # from the order to the first call
 SEED = 1
 
-_AVERAGED = (
+# Figures of which the median over the rounds is told.
+AVERAGED = (
     "ops_s",
     "p50_ms",
     "p99_ms",
@@ -262,8 +263,8 @@ class _Bench:
                 seen["peer"] = self._their_round(clients)
             rounds.append(seen)
         ours = [r["ours"] for r in rounds]
-        point: dict[str, Any] = {"clients": clients, **_medians(ours, _AVERAGED)}
-        point["cpu_ms_per_op_by_process"] = _medians(
+        point: dict[str, Any] = {"clients": clients, **medians(ours, AVERAGED)}
+        point["cpu_ms_per_op_by_process"] = medians(
             [o["cpu_ms_per_op_by_process"] for o in ours], tuple(ours[0]["cpu_ms_per_op_by_process"])
         )
         point["rss_mb"] = {r: [ours[0]["rss_mb"][r][0], ours[-1]["rss_mb"][r][1]] for r in ours[0]["rss_mb"]}
@@ -272,7 +273,7 @@ class _Bench:
             theirs = [r["peer"] for r in rounds]
             about = {"name": "etcd", "version": etcd.version(), "terms": etcd.TERMS}
             errors = sum(t["errors"] for t in theirs)
-            point["peer"] = {**about, **_medians(theirs, _AVERAGED_PEER), "errors": errors}
+            point["peer"] = {**about, **medians(theirs, _AVERAGED_PEER), "errors": errors}
             point["ratio"] = round(point["ops_s"] / point["peer"]["ops_s"], 4) if point["peer"]["ops_s"] else None
         if self._wan is not None:
             point["regions"] = self._regions(ours)
@@ -358,16 +359,16 @@ class _Bench:
         found: dict[str, Any] = {}
         for region in self._wan.regions:
             seen = [o["regions"][region] for o in ours]
-            found[region] = _medians(seen, ("ops_s", "p50_ms", "p99_ms"))
+            found[region] = medians(seen, ("ops_s", "p50_ms", "p99_ms"))
             found[region]["bound_ms"] = bound_ms(self._wan, region, self._p.algorithm)
             if self._p.algorithm == "ebawa":
                 found[region]["rotation_ms"] = rotation_ms(self._wan, region)
             for half in ("all_run", "slowest_stopped") if self._p.stop_slowest else ():
-                found[region][half] = _medians([s[half] for s in seen], ("ops_s", "p50_ms", "p99_ms"))
+                found[region][half] = medians([s[half] for s in seen], ("ops_s", "p50_ms", "p99_ms"))
         return found
 
 
-def _medians(rounds: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def medians(rounds: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """The median of each figure over the rounds that have it."""
     found: dict[str, Any] = {}
     for name in names:

@@ -10,8 +10,17 @@ from typing import Any
 
 import click
 
-from cloudfit_orchestrator.bench import ordering, plot, state
-from cloudfit_orchestrator.cli.output import EXIT_ERROR, format_option, guarded, print_json, print_table, show_progress
+from cloudfit_orchestrator.bench import ordering, plot, standing, state
+from cloudfit_orchestrator.cli.output import (
+    EXIT_ERROR,
+    Session,
+    format_option,
+    guarded,
+    pass_session,
+    print_json,
+    print_table,
+    show_progress,
+)
 from cloudfit_orchestrator.cli.simulate import bench_simulate
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import Algorithm
@@ -60,7 +69,8 @@ def _interruptible() -> Iterator[None]:
     "ordering",
     epilog="Example: cloudfit bench ordering --clients 64 --against etcd --repeat 3 -f json > ours.json; "
     "cloudfit bench ordering --sweep 1,4,16,64,256; "
-    "cloudfit bench ordering --wan a-b:20ms,a-c:35ms,b-c:50ms --clients 48 --stop-slowest",
+    "cloudfit bench ordering --wan a-b:20ms,a-c:35ms,b-c:50ms --clients 48 --stop-slowest; "
+    "cloudfit bench ordering --group ledger --sweep 1,64",
 )
 @click.option(
     "--algorithm", type=click.Choice([a.value for a in Algorithm]), default=_DEFAULT.algorithm, show_default=True
@@ -81,21 +91,29 @@ def _interruptible() -> Iterator[None]:
 @click.option("--wan", metavar="DELAYS", help="Regions and one-way delays: a-b:20ms,a-c:35ms,b-c:50ms.")
 @click.option("--profile", is_flag=True, help="One more round, profiled and not counted: where the CPU time goes.")
 @click.option("--stop-slowest", is_flag=True, help="With --wan: the farthest replica stands still for half of a round.")
+@click.option("--group", metavar="NAME", help="No group of its own: one that serves already. Its state keeps the keys.")
 @_directory_option
 @format_option
+@pass_session
 @guarded
 def bench_ordering(
-    directory: Path, form: str, clients: int, sweep: tuple[int, ...] | None, duration: float, warmup: float,
-    **others: Any,
+    session: Session, directory: Path, form: str, group: str | None, clients: int, sweep: tuple[int, ...] | None,
+    duration: float, warmup: float, **others: Any,
 ) -> None:  # fmt: skip
     """A closed loop of puts on a group of processes: operations per second, latency, CPU, messages, and a peer's.
 
-    Everything that it makes is gone afterwards, also after Ctrl-C. The values of cpu_ms_per_op are of all servers
-    together; others_cpu_share tells how much of the machine somebody else used meanwhile.
+    Everything that it makes is gone afterwards, also after Ctrl-C, but for what it puts into a --group that is not its
+    own; of such a group only what a client sees is told, and the CPU time of machines on this host. The values of
+    cpu_ms_per_op are of all servers together; others_cpu_share tells how much of the machine somebody else used
+    meanwhile.
     """
     parameters = ordering.Parameters(sweep=sweep or (clients,), duration_s=duration, warmup_s=warmup, **others)
     with _interruptible():
-        found = ordering.run(parameters, directory.absolute(), show_progress)
+        if group is None:
+            found = ordering.run(parameters, directory.absolute(), show_progress)
+        else:
+            with session.context() as context:
+                found = standing.run(context, session.home, group, parameters, show_progress)
     if form == "json":
         print_json(found)
     else:

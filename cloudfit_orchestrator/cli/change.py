@@ -11,6 +11,7 @@ from cloudfit_orchestrator.cli.output import (
     Session,
     format_option,
     guarded,
+    pass_session,
     print_json,
     print_table,
 )
@@ -22,8 +23,6 @@ from cloudfit_orchestrator.controller.ports import Context, Progress
 from cloudfit_orchestrator.controller.proof import malicious_cloud, proof
 from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.spec import GroupSpec
-
-pass_session = click.make_pass_decorator(Session)
 
 
 @click.command("apply", epilog="Example: cloudfit group apply ledger.yaml")

@@ -25,7 +25,7 @@ def make_client(context: Context, home: Home, group: str) -> Client:
         context.trusted,
         admitted=identity.public,
         key=identity.key,
-        numbers=FileNumbers(home.root / "keys" / f"client-{identity.name}.{group}.number"),
+        numbers=FileNumbers(home.client_numbers(group, identity.name)),
         newer=newest,
     )
 

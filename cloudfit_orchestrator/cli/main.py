@@ -20,6 +20,7 @@ from cloudfit_orchestrator.cli.output import (
     Session,
     format_option,
     guarded,
+    pass_session,
     print_json,
     print_table,
     show_progress,
@@ -43,8 +44,6 @@ from cloudfit_orchestrator.model.signing import public_bytes
 
 KV_TIMEOUT_S = 30.0
 IMAGES = ("replica", "recovery")  # what `image build` builds when no name is given
-
-pass_session = click.make_pass_decorator(Session)
 
 
 def _version() -> str:

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import click
 
-from cloudfit_orchestrator.cli.output import EXIT_ERROR, Session, format_option, guarded, print_json, print_table
+from cloudfit_orchestrator.cli.output import (
+    EXIT_ERROR,
+    Session,
+    format_option,
+    guarded,
+    pass_session,
+    print_json,
+    print_table,
+)
 from cloudfit_orchestrator.controller import orphans as orphans_
 from cloudfit_orchestrator.controller import spec as spec_file
 from cloudfit_orchestrator.controller.apply import image_of
 from cloudfit_orchestrator.controller.preflight import examine
 from cloudfit_orchestrator.model.errors import CloudfitError
-
-pass_session = click.make_pass_decorator(Session)
 
 
 @click.group("orphans")

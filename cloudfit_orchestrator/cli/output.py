@@ -49,6 +49,9 @@ class Session:
             context.journal.close()
 
 
+pass_session = click.make_pass_decorator(Session)
+
+
 def show_progress(progress: Progress) -> None:
     """One line on stderr: text for people, NDJSON where nobody watches."""
     if sys.stderr.isatty():

@@ -125,6 +125,10 @@ class Home:
                 _write_private(path, _self_signed(name, key))
         return ClientIdentity(name, key, path.read_bytes())
 
+    def client_numbers(self, group: str, name: str = DEFAULT_CLIENT) -> Path:
+        """Where the request numbers that this client has used in `group` are kept; see gateway/numbers."""
+        return self.root / "keys" / f"client-{name}.{group}.number"
+
     @contextmanager
     def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
         """Only one process at a time works on `name`; the lock ends with the process. RefusedError if it is held."""
