@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from cloudfit_orchestrator.bft.messages import MAX_PEER_FRAME, Signed, encode
+from cloudfit_orchestrator.bft.pbft.messages import Prepared, ViewChange
 from cloudfit_orchestrator.controller.placement import place
 from cloudfit_orchestrator.controller.spec import (
     SpecError,
@@ -13,7 +15,9 @@ from cloudfit_orchestrator.controller.spec import (
     read_spec,
     to_json,
 )
+from cloudfit_orchestrator.controller.spec_rules import MAX_WINDOW_VOTES
 from cloudfit_orchestrator.model.errors import BadInputError
+from cloudfit_orchestrator.model.record import MAX_MEMBERS
 
 GOOD = """\
 apiVersion: cloudfit/v1
@@ -116,6 +120,9 @@ clouds:
         ("f: 1\nallow_adversary: true\nadversary: [r0, r1]", "2 adversaries, but f=1"),
         ("f: 1\nallow_adversary: true\nadversary: [r3]", "there is no replica 'r3'"),
         ("f: 1\nadversary: [r2]", "allow_adversary is not set"),
+        ("f: 1\nparameters: {window: 64}", "window 64 is below checkpoint_period 128"),
+        ("f: 1\nparameters: {window: 21846}", "what 3 replicas say of 21846 slots in a view change does not fit"),
+        ("f: 1\nparameters: {window: 1024}", "takes 256 MiB of a machine's 384: more than half"),
     ],
 )
 def test_bound_is_refused_not_warned_about(change: str, message: str | None) -> None:
@@ -308,3 +315,15 @@ def test_the_enrolled_key_of_an_agent_goes_through_the_journal():
     )
     assert [cloud.agent_key for cloud in spec.clouds] == ["", key, key]
     assert from_json(to_json(spec)) == spec
+
+
+@pytest.mark.parametrize("n", [4, 13, MAX_MEMBERS])
+def test_a_view_change_over_the_widest_window_fits_into_a_frame(n: int) -> None:
+    """PBFT's is the largest: a certificate of each slot."""
+    quorum = n - (n - 1) // 3
+    signed = Signed("r" * 8, bytes(64))
+    slots = [
+        Prepared(2**60 + s, 2**32, bytes(32), bytes(64), (signed,) * (quorum - 1)) for s in range(MAX_WINDOW_VOTES // n)
+    ]
+    vote = encode(ViewChange("r" * 8, 2**32, 2**60, bytes(32), (signed,) * quorum, tuple(slots)))
+    assert len(vote) < MAX_PEER_FRAME * 3 // 4
