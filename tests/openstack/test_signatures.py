@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from cloudfit_orchestrator.model.errors import PermanentError
-from tests.openstack.lab.layout import Lab
+from tests.openstack.lab.hosts import spare_host
+from tests.openstack.lab.layout import DEFAULT_CLOUDS, Lab
 from tests.openstack.machines import GREETING, HOME, driving, greetings, listing, owner, spec_for
 from tests.openstack.test_driver import GUEST
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
@@ -75,6 +76,37 @@ def test_what_is_signed_is_taken_and_booted(lab, tmp_path, deployment, certifica
             for machine in cloud.machines(deployment):
                 cloud.destroy(machine)
             cloud.delete_network(deployment, "replicas")
+
+
+@pytest.mark.parametrize("lab", DEFAULT_CLOUDS[:1], indirect=True)
+def test_a_host_that_boots_signed_images_only_boots_ours(lab, tmp_path, deployment, certificate):
+    """`verify_glance_signatures` of Nova, which then looks at kernel, initramfs and root."""
+    write_key(tmp_path, certificate[1])
+    directory = tiny_image(GUEST)
+    image = directory, tiny_manifest(directory)
+    where = Lab(HOME)
+    cloud_of_lab = where.cloud(lab["name"])
+
+    def boot(incarnation, **how):
+        with driving(lab, tmp_path, **how) as cloud:
+            who = owner(deployment, incarnation, f"op{incarnation}")
+            try:
+                return greetings(lab, cloud.create(spec_for(cloud, lab, image, who, disk=False)), word=GREETING)
+            finally:
+                for machine in cloud.machines(deployment):
+                    cloud.destroy(machine)
+                cloud.delete_network(deployment, "replicas")
+
+    with spare_host(where, cloud_of_lab), listing(lab, lab["accounts"]["admin"]) as admin:
+        (usual,) = admin.compute.services(host=cloud_of_lab.host.name, binary="nova-compute")
+        admin.compute.disable_service(usual)
+        try:
+            # In this order: what a host has in its cache Nova does not verify again.
+            with pytest.raises(PermanentError, match=r"[Ss]ignature"):
+                boot(1)
+            assert boot(2, certificate=certificate[0], signing_key="images.pem")
+        finally:
+            admin.compute.enable_service(usual)
 
 
 def _nova_boots(c, image, trusted, status):

@@ -1,5 +1,6 @@
 """What the lab consists of and where it lies: one directory, one range of ports, one network a cloud."""
 
+import ipaddress
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,12 +125,12 @@ class Cloud:
     @property
     def subnet(self) -> str:
         """The flat network `replicas`; the host has its first address."""
-        return f"10.77.{self.index}.0/24"
+        return f"10.77.{self.index}.0/24" if self.real else f"10.78.{16 * self.index}.0/20"
 
     @property
     def host_address(self) -> str:
         """The host in that network, its gateway."""
-        return f"10.77.{self.index}.1"
+        return str(ipaddress.IPv4Network(self.subnet)[1])
 
     @property
     def host_link(self) -> str:

@@ -5,6 +5,7 @@ All by openstacksdk, as an administrator would; each is looked up before it is m
 
 import contextlib
 import hashlib
+import ipaddress
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ QUOTAS = {
 OF_COMPUTE = ("instances", "cores", "ram", "server_groups", "server_group_members")
 OF_VOLUMES = ("volumes", "snapshots", "gigabytes")
 OF_NETWORK = ("port", "security_group", "security_group_rule")
-POOL = (10, 199)  # last numbers of the addresses that Neutron gives; the others are for fixed addresses
+POOL = (10, -57)  # first and last of the addresses that Neutron gives, x.199; the others are for fixed addresses
 HTTP_TIMEOUT_S = 300
 
 
@@ -144,7 +145,7 @@ def _network(cloud: Cloud, admin: Connection) -> tuple[Any, Any]:
         provider_physical_network=PHYSICAL_NETWORK,
         is_shared=True,
     )
-    base = cloud.subnet.rpartition(".")[0]
+    addresses = ipaddress.IPv4Network(cloud.subnet)
     subnet = admin.network.find_subnet(NETWORK, network_id=network.id) or admin.network.create_subnet(
         network_id=network.id,
         name=NETWORK,
@@ -152,7 +153,7 @@ def _network(cloud: Cloud, admin: Connection) -> tuple[Any, Any]:
         cidr=cloud.subnet,
         gateway_ip=cloud.host_address,
         enable_dhcp=True,
-        allocation_pools=[{"start": f"{base}.{POOL[0]}", "end": f"{base}.{POOL[1]}"}],
+        allocation_pools=[{"start": str(addresses[POOL[0]]), "end": str(addresses[POOL[1]])}],
     )
     return network, subnet
 

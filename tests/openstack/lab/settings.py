@@ -15,7 +15,7 @@ PLUGINS = ("file_key_manager.py", "own_ports_firewall.py")
 LOG_MIB = 16  # of one log file; the one before it is kept
 # There is no Barbican, and Nova's ConfKeyManager cannot store the secrets of virtual TPMs.
 _KEY_MANAGER = {"backend": "file_key_manager.FileKeyManager"}
-_CONCURRENT = {"max_pool_size": 5, "max_overflow": 20, "connection_recycle_time": 280}
+_CONCURRENT = {"max_pool_size": 5, "max_overflow": 60, "connection_recycle_time": 280}
 
 
 def render(settings: Mapping[str, Mapping[str, object]]) -> str:
@@ -230,7 +230,10 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
 
 
 def _of_host(compute: Settings, host: Host, other: Host) -> Settings:
-    """Of one of a cloud's compute hosts, which moves its machines to the other one over loopback."""
+    """Of one of a cloud's compute hosts, which moves its machines to the other one over loopback.
+
+    The spare one boots signed images only; what the two share in their cache it takes as verified.
+    """
     libvirt = {
         "virt_type": "qemu",
         "cpu_mode": "none",
@@ -245,6 +248,8 @@ def _of_host(compute: Settings, host: Host, other: Host) -> Settings:
         "live_migration_uri": f"{other.libvirt_uri}%.0s",
     }
     own: Settings = {"DEFAULT": {**compute["DEFAULT"], "host": host.name}}
+    if host.letter:
+        own["glance"] = {**compute["glance"], "verify_glance_signatures": "true"}
     return compute | own | ({"libvirt": libvirt} if host.cloud.real else {})
 
 

@@ -36,7 +36,8 @@ def wire_up(cloud: Cloud) -> None:
     links = _links()
     if cloud.host_link not in links:
         run(["ip", "link", "add", cloud.host_link, "type", "veth", "peer", "name", cloud.cloud_link])
-    run(["ip", "addr", "replace", f"{cloud.host_address}/24", "dev", cloud.host_link])
+    prefix = cloud.subnet.partition("/")[2]
+    run(["ip", "addr", "replace", f"{cloud.host_address}/{prefix}", "dev", cloud.host_link])
     for link in (cloud.host_link, cloud.cloud_link):
         run(["ip", "link", "set", link, "up"])
     if _IP_FORWARD.read_text().strip() == "0":  # machines of one cloud reach those of another through the host

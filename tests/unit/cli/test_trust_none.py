@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,3 +174,31 @@ def test_a_group_that_trusts_no_host(home: Path, spec: Path, context: Context) -
     assert gone.returncode == 0, gone.stderr
     assert machines.left() == []
     assert not list((home / "agents").glob("*/agent.pid"))
+
+
+def test_a_recovery_costs_no_liveness_where_k_allows_for_it(home: Path, context: Context) -> None:
+    """Six replicas for f=1 and k=1: with one off, the group goes on while another one is recovered."""
+    spec = home / "ledger.yaml"
+    more = "".join(f"  - {{name: {name}, process: {{}}}}\n" for name in ("porto", "wien"))
+    spec.write_text(SPEC.replace("f: 1\n", "f: 1\nk: 1\n") + more)
+    machines = Machines(home, context)
+    try:
+        assert len(as_json(run(home, "group", "apply", str(spec), "-f", "json"))["members"]) == 6
+        put(home, "before", "1")
+        machines.power_off("r1")
+        command = [sys.executable, "-m", "cloudfit_orchestrator.cli", "recovery", "start", "ledger", "r2", "-f", "json"]
+        environment = {**os.environ, "CLOUDFIT_HOME": str(home)}
+        written = 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as recovery:
+            while recovery.poll() is None:
+                put(home, f"during-{written}", str(written))
+                written += 1
+            said, told = recovery.communicate()
+        assert recovery.returncode == 0, told
+        assert json.loads(said)["outcome"] == "done"
+        assert written > 1
+        assert [get(home, f"during-{i}") for i in range(written)] == [str(i) for i in range(written)]
+        assert shown(home)["r2"]["epoch"] == "open"
+    finally:
+        gone = run(home, "group", "destroy", "ledger")
+    assert gone.returncode == 0, gone.stderr
