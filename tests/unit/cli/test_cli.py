@@ -64,6 +64,20 @@ def test_every_command_has_help_with_an_example_of_itself() -> None:
         assert (command.epilog or "").startswith(f"Example: cloudfit {name}"), name
 
 
+def test_help_tells_of_each_command_what_the_command_does() -> None:
+    """The overview is written down, so that it needs no imports."""
+    context = click.Context(cli, info_name="cloudfit", max_content_width=400, terminal_width=400)
+    overview = cli.get_help(context).partition("Commands:\n")[2].partition("\n\n")[0]
+    told = dict(line.split(maxsplit=1) for line in overview.splitlines())
+    assert told == {name: c.get_short_help_str(400) for name, c in cli.commands.items() if not c.hidden}
+
+
+def test_a_command_that_there_is_not_is_told_the_nearest(home: Path) -> None:
+    result = run(home, "grop", "list")
+    assert result.returncode == 2
+    assert "Did you mean 'group'?" in result.stderr
+
+
 def test_every_read_command_has_json() -> None:
     writes = {"kv put", "kv del", "agent run", "bench plot"}
     for name, command in commands(cli):
