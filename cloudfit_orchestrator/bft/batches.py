@@ -1,5 +1,6 @@
 """The batches that a replica holds, by digest, with their verdict."""
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from cloudfit_orchestrator.bft.batch import BundleChecker, Checked
@@ -103,9 +104,9 @@ class Batches:
         held = self._held.get(digest)
         return None if held is None else held.valid
 
-    def drop(self, below: int) -> None:
-        """Forget batches that only slots up to `below` name."""
-        for digest in [d for d, held in self._held.items() if 0 <= held.slot <= below]:
+    def drop(self, below: int, but: AbstractSet[bytes] = frozenset()) -> None:
+        """Forget batches that only slots up to `below` name, and that are not among `but`."""
+        for digest in [d for d, held in self._held.items() if 0 <= held.slot <= below and d not in but]:
             self._forget(digest)
 
     def all(self) -> list[bytes]:

@@ -82,6 +82,7 @@ class Configuration:
         )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
         self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind NEW-VIEWs under way
+        self._weighed: dict[int, frozenset[bytes]] = {}  # batches that these logs name above h*, valid or not
         self.found = Found()
         self._reader = LogReader(record, self.streams, citations=self.citations, votes=self.votes, known=self)
         self._merge_wants: set[bytes] = set()
@@ -209,10 +210,11 @@ class Configuration:
         self._peek(item.message, item.header)
         self.streams[message.replica].end(item, "form, or R1 to R3, says the own log")
 
-    def restore_view(self, message: StreamMessage) -> None:
-        """A NEW-VIEW of the own log."""
+    def restore_view(self, message: StreamMessage, batches: Sequence[bytes]) -> None:
+        """A NEW-VIEW of the own log, and the batches that are kept for it."""
         header = decode_header(message.header)
         if isinstance(header, NewView):
+            self._weighed[header.g] = frozenset(batches)
             self._keep_view(message, header)
 
     # ---------------------------------------------------------------------------------------------------- processing
@@ -334,7 +336,9 @@ class Configuration:
         choices = decode_merge(message.payload).choices
         known = self.new_views.get(header.g)
         logs = self.cited.pop(header.g, known.logs if known is not None else ())
-        self.new_views[header.g] = NewViewKept(bare(message), header, choices, logs)
+        weighed = self._weighed.pop(header.g, known.batches if known is not None else frozenset())
+        batches = weighed | {choice.batch for choice in choices}
+        self.new_views[header.g] = NewViewKept(bare(message), header, choices, logs, batches)
         self.entered.add(header.g)
         self.standing[header.g] = (message.cv, message.digest)
         for choice in choices:
@@ -383,6 +387,7 @@ class Configuration:
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
         if told == outcome:
             self.cited[header.g] = tuple(vote.log for vote in votes)
+            self._weighed[header.g] = frozenset(p.batch for vote in votes for p in vote.proposals if p.s > header.h)
         return told == outcome
 
     def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:
@@ -478,4 +483,5 @@ class Configuration:
         for g in [g for g in self.standing if g < current and g not in cited and g not in self.new_views]:
             del self.standing[g]
             self.entered.discard(g)
-        self.batches.drop(floor)
+        # Who has not judged a kept NEW-VIEW yet may have nobody else to get its batches from.
+        self.batches.drop(floor, frozenset[bytes]().union(*(view.batches for view in self.new_views.values())))

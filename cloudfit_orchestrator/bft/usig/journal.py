@@ -35,9 +35,10 @@ class LogUI(Frozen, frozen=True, tag=5):
 
 
 class LogView(Frozen, frozen=True, tag=10):
-    """A NEW-VIEW that stands and whose stream was cut behind it."""
+    """A NEW-VIEW that stands and whose stream was cut behind it. `batches`: see `stream.NewViewKept`."""
 
     message: StreamMessage
+    batches: tuple[bytes, ...] = ()
 
 
 class LogCited(Frozen, frozen=True, tag=13):

@@ -261,7 +261,7 @@ class UsigOrdering(Ordering):
             case LogAnchor() if entry.message.c == c:
                 configuration.restore_anchor(entry.message)
             case LogView() if entry.message.c == c:
-                configuration.restore_view(entry.message)
+                configuration.restore_view(entry.message, entry.batches)
             case LogBreach() if entry.message.c == c:
                 configuration.restore_breach(entry.message)
             case LogCited() if entry.c == c and entry.g == WEDGE:

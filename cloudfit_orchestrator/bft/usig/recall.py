@@ -48,7 +48,7 @@ def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
     for g, view in sorted(configuration.new_views.items()):
         if voice is not None and view.message.replica == voice.me and view.logs:
             found += cited(c, g, view.logs)
-        found.append(LogView(view.message))
+        found.append(LogView(view.message, tuple(sorted(view.batches))))
     found += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
     if voice is not None:
         for g, logs in configuration.cited.items():  # of an own NEW-VIEW that is on its way

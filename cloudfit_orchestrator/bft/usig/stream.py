@@ -51,6 +51,9 @@ class NewViewKept:
     header: NewView
     choices: tuple[Choice, ...]
     logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
+    batches: frozenset[bytes] = (
+        frozenset()
+    )  # that who judges it must hold: its choices, and what was weighed beside them
 
 
 class Waiting(Value, frozen=True):

@@ -11,6 +11,8 @@ from cloudfit_orchestrator.bft.pbft.ordering import MAX_EARLY
 from cloudfit_orchestrator.bft.reads import ReadDesk
 from cloudfit_orchestrator.bft.situation import Peer, Situation
 from cloudfit_orchestrator.bft.suspicion import SLOW, Suspicion
+from cloudfit_orchestrator.bft.usig import recall
+from cloudfit_orchestrator.bft.usig.journal import LogView
 from cloudfit_orchestrator.bft.usig.messages import Fetch, StreamMessage, decode_peer
 from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
 from cloudfit_orchestrator.model.record import Algorithm, record_hash
@@ -189,3 +191,50 @@ def test_who_proposes_as_late_as_can_be_gets_no_more_than_so_many_time_outs() ->
         timer.slot(timer.timeout_s - 2 * timer.STEP * timer.parameter_s)
         assert timer.out.now_s - began_s <= SLOW * grown_s
     assert timer.ordering.suspected == suspected
+
+
+def test_batches_that_a_kept_new_view_was_computed_from_are_kept_with_it():
+    """n=3, L=2 (seed 2000711 of EBAWA, profile mixed). A leader took over slot 3 from votes that had seen a checkpoint
+    before it, when it had a later one itself; the group went on to one that is less than L beyond that. Who had not
+    judged the NEW-VIEW yet could neither jump over it nor have its batches from anybody any more, nor go on without it:
+    with the leader faulty, all waited for good. The batch of slot 4 counts for nothing, but who lacks it cannot tell.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT)
+    for s in (1, 2):
+        house.commit("r1", house.prepare("r0", 0, s))
+    for who in house.names:
+        house.stable(who, 2)
+    house.commit("r1", house.prepare("r0", 0, 3, chosen := house.batch()))
+    house.prepare("r0", 0, 4, weighed := house.batch(valid=False))
+    votes = [house.view_change(who, 1) for who in ("r0", "r1")]
+    house.stable("r1", 3)
+    view = house.new_view("r1", 1, votes)
+    for who in ("r0", "r2"):
+        house.commit_view(who, view)
+    holder = house.full_judge()
+    house.prepare("r1", 1, 4)
+    for who in ("r1", "r0", "r2"):
+        house.stable(who, 6)
+    house.tell(holder)
+    holder.truncate(4)
+    assert {d for d in (chosen, weighed) if holder.batches.data(d)} == {chosen, weighed}
+
+    again = house.judge()  # from the log of what it holds
+    again.replaying = True
+    (kept,) = [entry for entry in recall.entries(holder, None) if isinstance(entry, LogView)]
+    for data in holder.batches.all():
+        again.batches.restore(batch_digest(data), data)
+    again.restore_view(kept.message, kept.batches)
+    again.batches.restored(4)
+    again.truncate(4)
+    assert {d for d in (chosen, weighed) if again.batches.data(d)} == {chosen, weighed}
+
+    view = house.new_view("r2", 2, [house.view_change(who, 2) for who in ("r0", "r1")])
+    for who in ("r0", "r1"):
+        house.commit_view(who, view)
+    for h in (9, 12):
+        for who in house.names:
+            house.stable(who, h)
+    later = house.full_judge()
+    later.truncate(10)
+    assert not [d for d in (chosen, weighed) if later.batches.data(d)], "they go with it"
