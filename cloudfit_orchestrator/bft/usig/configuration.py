@@ -34,7 +34,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
 )
 from cloudfit_orchestrator.bft.usig.proofs import Found, LogReader
 from cloudfit_orchestrator.bft.usig.slots import Slots
-from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, Waiting, bare, waiting
+from cloudfit_orchestrator.bft.usig.stream import Kept, NewViewKept, Offered, Stream, Waiting, Weighed, bare, waiting
 from cloudfit_orchestrator.bft.usig.wanted import Wanted
 from cloudfit_orchestrator.model.errors import BadError
 from cloudfit_orchestrator.model.record import ConfigRecord, Status, open_record
@@ -82,7 +82,7 @@ class Configuration:
         )
         self.liars: dict[str, str] = {}  # replica -> the rule its stream broke
         self.cited: dict[int, tuple[tuple[StreamMessage, ...], ...]] = {}  # logs behind NEW-VIEWs under way
-        self._weighed: dict[int, frozenset[bytes]] = {}  # batches that these logs name above h*, valid or not
+        self._weighed: dict[int, Weighed] = {}  # what they name
         self.found = Found()
         self._reader = LogReader(record, self.streams, citations=self.citations, votes=self.votes, known=self)
         self._merge_wants: set[bytes] = set()
@@ -210,11 +210,11 @@ class Configuration:
         self._peek(item.message, item.header)
         self.streams[message.replica].end(item, "form, or R1 to R3, says the own log")
 
-    def restore_view(self, message: StreamMessage, batches: Sequence[bytes]) -> None:
-        """A NEW-VIEW of the own log, and the batches that are kept for it."""
+    def restore_view(self, message: StreamMessage, weighed: Weighed) -> None:
+        """A NEW-VIEW of the own log, and what is kept for it."""
         header = decode_header(message.header)
         if isinstance(header, NewView):
-            self._weighed[header.g] = frozenset(batches)
+            self._weighed[header.g] = weighed
             self._keep_view(message, header)
 
     # ---------------------------------------------------------------------------------------------------- processing
@@ -336,9 +336,9 @@ class Configuration:
         choices = decode_merge(message.payload).choices
         known = self.new_views.get(header.g)
         logs = self.cited.pop(header.g, known.logs if known is not None else ())
-        weighed = self._weighed.pop(header.g, known.batches if known is not None else frozenset())
-        batches = weighed | {choice.batch for choice in choices}
-        self.new_views[header.g] = NewViewKept(bare(message), header, choices, logs, batches)
+        weighed = self._weighed.pop(header.g, known.weighed if known is not None else Weighed())
+        weighed = Weighed(weighed.batches | {choice.batch for choice in choices}, weighed.views)
+        self.new_views[header.g] = NewViewKept(bare(message), header, choices, logs, weighed)
         self.entered.add(header.g)
         self.standing[header.g] = (message.cv, message.digest)
         for choice in choices:
@@ -387,7 +387,10 @@ class Configuration:
         told = Merged(header.h, header.s_max, content.choices, header.blacklist, header.retired)
         if told == outcome:
             self.cited[header.g] = tuple(vote.log for vote in votes)
-            self._weighed[header.g] = frozenset(p.batch for vote in votes for p in vote.proposals if p.s > header.h)
+            self._weighed[header.g] = Weighed(
+                frozenset(p.batch for vote in votes for p in vote.proposals if p.s > header.h),
+                frozenset(g for vote in votes for g, s_max in vote.views if s_max > header.h),
+            )
         return told == outcome
 
     def new_view_stands(self, leader: str, message: CommitNewView) -> bool | None:
@@ -464,7 +467,8 @@ class Configuration:
         for stream in self.streams.values():
             stream.truncate(self.attestations.attested(stream.replica), window)
         # NEW-VIEW(e) is kept while e is current (until all but f streams have gone beyond it), and while a kept log
-        # holds or commits to it: who reads that log must be able to judge it.
+        # holds or commits to it: who reads that log must be able to judge it, by the views and batches that it follows
+        # from. Nobody else may have these any more.
         current = self._current
         cited = {
             kept.header.g
@@ -472,9 +476,12 @@ class Configuration:
             for kept in stream.kept.values()
             if isinstance(kept.header, NewView | CommitNewView)
         }
-        for g in [g for g, view in self.new_views.items() if g < current and view.header.s_max <= floor]:
-            if g not in cited:
+        for g in sorted(self.new_views, reverse=True):
+            view = self.new_views[g]
+            if g < current and view.header.s_max <= floor and g not in cited:
                 del self.new_views[g]
+            else:
+                cited |= view.weighed.views
         for g in [g for g in self.commits if g not in cited and g not in self.new_views]:
             del self.commits[g]
         for digest in [d for d, s in self.named.items() if s <= floor]:
@@ -483,5 +490,4 @@ class Configuration:
         for g in [g for g in self.standing if g < current and g not in cited and g not in self.new_views]:
             del self.standing[g]
             self.entered.discard(g)
-        # Who has not judged a kept NEW-VIEW yet may have nobody else to get its batches from.
-        self.batches.drop(floor, frozenset[bytes]().union(*(view.batches for view in self.new_views.values())))
+        self.batches.drop(floor, frozenset[bytes]().union(*(v.weighed.batches for v in self.new_views.values())))

@@ -35,15 +35,16 @@ class LogUI(Frozen, frozen=True, tag=5):
 
 
 class LogView(Frozen, frozen=True, tag=10):
-    """A NEW-VIEW that stands and whose stream was cut behind it. `batches`: see `stream.NewViewKept`."""
+    """A NEW-VIEW that stands and whose stream was cut behind it. `batches`, `views`: see `stream.Weighed`."""
 
     message: StreamMessage
     batches: tuple[bytes, ...] = ()
+    views: tuple[int, ...] = ()
 
 
 class LogCited(Frozen, frozen=True, tag=13):
-    """The logs of the VIEW-CHANGEs that the NEW-VIEW of view g was computed from: who missed them needs them to judge
-    it, perhaps long after. g = WEDGE: that of a wedge or closed epoch whose stream was jumped over; an S may be
+    """Logs of VIEW-CHANGEs that the NEW-VIEW of view g was computed from: who missed them needs them to judge it,
+    perhaps long after. g = WEDGE: that of a wedge or closed epoch whose stream was jumped over; an S may be
     confirmed that follows from it.
     """
 

@@ -37,7 +37,7 @@ from cloudfit_orchestrator.bft.usig.messages import (
     decode_header,
 )
 from cloudfit_orchestrator.bft.usig.proofs import Found
-from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, bare, waiting
+from cloudfit_orchestrator.bft.usig.stream import Kept, Offered, Weighed, bare, waiting
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.channel import ErrorCode
 from cloudfit_orchestrator.model.errors import BadError
@@ -261,7 +261,7 @@ class UsigOrdering(Ordering):
             case LogAnchor() if entry.message.c == c:
                 configuration.restore_anchor(entry.message)
             case LogView() if entry.message.c == c:
-                configuration.restore_view(entry.message, entry.batches)
+                configuration.restore_view(entry.message, Weighed(frozenset(entry.batches), frozenset(entry.views)))
             case LogBreach() if entry.message.c == c:
                 configuration.restore_breach(entry.message)
             case LogCited() if entry.c == c and entry.g == WEDGE:

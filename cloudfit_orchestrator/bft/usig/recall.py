@@ -21,6 +21,8 @@ from cloudfit_orchestrator.bft.usig.serving import MAX_LOG, log_bytes
 from cloudfit_orchestrator.bft.usig.voice import Voice
 from cloudfit_orchestrator.model.ui import EpochEnd
 
+MAX_CITED = 8 << 20  # bytes of logs behind others' NEW-VIEWs that a log which is written anew takes over
+
 
 def end_message(end: EpochEnd) -> EpochEndMessage:
     """EPOCH-END as it is logged and handed round."""
@@ -45,10 +47,11 @@ def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
     """Entries that rebuild the streams as they are kept."""
     c, streams = configuration.record.c, configuration.streams.values()
     found: list[Frozen] = []
+    proved = _proved(configuration, voice)
     for g, view in sorted(configuration.new_views.items()):
-        if voice is not None and view.message.replica == voice.me and view.logs:
+        if g in proved:
             found += cited(c, g, view.logs)
-        found.append(LogView(view.message, tuple(sorted(view.batches))))
+        found.append(LogView(view.message, tuple(sorted(view.weighed.batches)), tuple(sorted(view.weighed.views))))
     found += [LogAnchor(anchor.message) for stream in streams if (anchor := stream.anchor()) is not None]
     if voice is not None:
         for g, logs in configuration.cited.items():  # of an own NEW-VIEW that is on its way
@@ -62,6 +65,19 @@ def entries(configuration: Configuration, voice: Voice | None) -> list[Frozen]:
     for vote in configuration.votes.of(WEDGE):  # behind the streams that they are of
         if not configuration.streams[vote.name.replica].complete(window):
             found.append(LogCited(c, WEDGE, (vote.log,)))
+    return found
+
+
+def _proved(configuration: Configuration, voice: Voice | None) -> set[int]:
+    """The views whose logs are written down, too: own ones, as nobody else may have them, and the newest others. Their
+    leaders may be faulty, and who entered them all that is left; but logs of many views are mostly the same messages.
+    """
+    found, room = set(), MAX_CITED
+    for g, view in sorted(configuration.new_views.items(), reverse=True):
+        mine = voice is not None and view.message.replica == voice.me
+        room -= 0 if mine else sum(map(log_bytes, view.logs))
+        if mine or room >= 0:
+            found.add(g)
     return found
 
 

@@ -43,6 +43,18 @@ class Kept(Value, frozen=True):
     entries: tuple[Citation, ...] = ()  # of a COMMIT
 
 
+class Weighed(Value, frozen=True):
+    """What who judges a NEW-VIEW must hold beside the logs: batches that these name above h*, valid or not, and the
+    earlier views whose choices count there.
+    """
+
+    batches: frozenset[bytes] = frozenset()
+    views: frozenset[int] = frozenset()
+
+
+NOTHING_WEIGHED = Weighed()
+
+
 @dataclass(frozen=True, slots=True)
 class NewViewKept:
     """A NEW-VIEW that stands."""
@@ -51,9 +63,7 @@ class NewViewKept:
     header: NewView
     choices: tuple[Choice, ...]
     logs: tuple[tuple[StreamMessage, ...], ...] = ()  # of the VIEW-CHANGEs that it was computed from, if they were read
-    batches: frozenset[bytes] = (
-        frozenset()
-    )  # that who judges it must hold: its choices, and what was weighed beside them
+    weighed: Weighed = NOTHING_WEIGHED
 
 
 class Waiting(Value, frozen=True):

@@ -12,9 +12,10 @@ from cloudfit_orchestrator.bft.reads import ReadDesk
 from cloudfit_orchestrator.bft.situation import Peer, Situation
 from cloudfit_orchestrator.bft.suspicion import SLOW, Suspicion
 from cloudfit_orchestrator.bft.usig import recall
-from cloudfit_orchestrator.bft.usig.journal import LogView
+from cloudfit_orchestrator.bft.usig.journal import LogCited, LogView
 from cloudfit_orchestrator.bft.usig.messages import Fetch, StreamMessage, decode_peer
 from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
+from cloudfit_orchestrator.bft.usig.stream import Weighed
 from cloudfit_orchestrator.model.record import Algorithm, record_hash
 from cloudfit_orchestrator.model.statement import LAYOUT, Kind
 from cloudfit_orchestrator.services.counter import CounterService
@@ -193,6 +194,52 @@ def test_who_proposes_as_late_as_can_be_gets_no_more_than_so_many_time_outs() ->
     assert timer.ordering.suspected == suspected
 
 
+def read_again(house, holder):
+    """A judge who has what `holder` writes down of views and batches."""
+    again = house.judge()
+    again.replaying = True
+    for data in holder.batches.all():
+        again.batches.restore(batch_digest(data), data)
+    for entry in recall.entries(holder, None):
+        if isinstance(entry, LogCited):
+            again.cited[entry.g] = (*again.cited.get(entry.g, ()), *entry.logs)
+        if isinstance(entry, LogView):
+            again.restore_view(entry.message, Weighed(frozenset(entry.batches), frozenset(entry.views)))
+    again.batches.restored(4)
+    return again
+
+
+def test_a_view_that_a_kept_new_view_was_computed_from_is_kept_with_it():
+    """As above, of what view 1 chose, which view 2 took over: all three have a checkpoint behind their words in view 1,
+    and the leader of view 2 computed its NEW-VIEW from votes ahead of theirs.
+    """
+    house = House(3, algorithm=Algorithm.MINBFT)
+    for s in (1, 2):
+        house.commit("r1", house.prepare("r0", 0, s))
+    for who in house.names:
+        house.stable(who, 2)
+    house.commit("r1", house.prepare("r0", 0, 3))
+    view = house.new_view("r1", 1, [house.view_change(who, 1) for who in ("r0", "r1")])
+    for who in ("r0", "r2"):
+        house.commit_view(who, view)
+    votes = [house.view_change(who, 2) for who in ("r0", "r2")]
+    for who in house.names:
+        house.stable(who, 3)
+    view = house.new_view("r2", 2, votes)
+    for who in ("r0", "r1"):
+        house.commit_view(who, view)
+    holder = house.full_judge()
+    for h in (6, 7):
+        for who in house.names:
+            house.stable(who, h)
+    house.tell(holder)
+    holder.truncate(4)
+    assert set(holder.new_views) == {1, 2}
+    again = read_again(house, holder)
+    again.truncate(4)
+    assert set(again.new_views) == {1, 2}
+
+
 def test_batches_that_a_kept_new_view_was_computed_from_are_kept_with_it():
     """n=3, L=2 (seed 2000711 of EBAWA, profile mixed). A leader took over slot 3 from votes that had seen a checkpoint
     before it, when it had a later one itself; the group went on to one that is less than L beyond that. Who had not
@@ -219,15 +266,10 @@ def test_batches_that_a_kept_new_view_was_computed_from_are_kept_with_it():
     holder.truncate(4)
     assert {d for d in (chosen, weighed) if holder.batches.data(d)} == {chosen, weighed}
 
-    again = house.judge()  # from the log of what it holds
-    again.replaying = True
-    (kept,) = [entry for entry in recall.entries(holder, None) if isinstance(entry, LogView)]
-    for data in holder.batches.all():
-        again.batches.restore(batch_digest(data), data)
-    again.restore_view(kept.message, kept.batches)
-    again.batches.restored(4)
+    again = read_again(house, holder)
     again.truncate(4)
     assert {d for d in (chosen, weighed) if again.batches.data(d)} == {chosen, weighed}
+    assert again.new_views[1].logs == holder.new_views[1].logs, "and what proves it"
 
     view = house.new_view("r2", 2, [house.view_change(who, 2) for who in ("r0", "r1")])
     for who in ("r0", "r1"):

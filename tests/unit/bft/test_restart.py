@@ -95,7 +95,7 @@ def test_a_rewritten_log_is_shorter_and_says_the_same(monkeypatch: pytest.Monkey
     lively_log = len(machine.log)
     machine.ticks(1.2)
     assert machine.rewrites
-    assert len(machine.log) < lively_log + 3
+    assert len(machine.log) < lively_log + 5  # with the logs behind the view
     again = machine.restarted()
     assert fingerprint(again) == fingerprint(machine)
     assert again.restarted().core.status["live"]
