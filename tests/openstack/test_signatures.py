@@ -2,6 +2,7 @@
 
 import datetime as dt
 import uuid
+from dataclasses import replace
 
 import pytest
 from cryptography import x509
@@ -15,6 +16,15 @@ from tests.openstack.lab.layout import DEFAULT_CLOUDS, Lab
 from tests.openstack.machines import GREETING, HOME, driving, greetings, listing, owner, spec_for
 from tests.openstack.test_driver import GUEST
 from tests.vm.tiny_guest import tiny_image, tiny_manifest
+
+UP = f"""#!/bin/sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mkdir -p /dev
+mount -t devtmpfs dev /dev
+echo "{GREETING} up" >/dev/ttyS0
+while true; do sleep 1000; done
+"""
 
 pytestmark = [pytest.mark.openstack, pytest.mark.timeout(1800)]
 
@@ -82,16 +92,16 @@ def test_what_is_signed_is_taken_and_booted(lab, tmp_path, deployment, certifica
 def test_a_host_that_boots_signed_images_only_boots_ours(lab, tmp_path, deployment, certificate):
     """`verify_glance_signatures` of Nova, which then looks at kernel, initramfs and root."""
     write_key(tmp_path, certificate[1])
-    directory = tiny_image(GUEST)
+    directory = tiny_image(UP)
     image = directory, tiny_manifest(directory)
     where = Lab(HOME)
     cloud_of_lab = where.cloud(lab["name"])
 
     def boot(incarnation, **how):
         with driving(lab, tmp_path, **how) as cloud:
-            who = owner(deployment, incarnation, f"op{incarnation}")
+            spec = spec_for(cloud, lab, image, owner(deployment, incarnation, f"op{incarnation}"), disk=False)
             try:
-                return greetings(lab, cloud.create(spec_for(cloud, lab, image, who, disk=False)), word=GREETING)
+                return greetings(lab, cloud.create(replace(spec, network=None)), word=GREETING)
             finally:
                 for machine in cloud.machines(deployment):
                     cloud.destroy(machine)

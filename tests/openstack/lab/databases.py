@@ -34,10 +34,8 @@ def fill(lab: Lab, cloud: Cloud) -> None:
 
 
 def map_hosts(lab: Lab, cloud: Cloud) -> None:
-    """Tell Nova's cell about the compute host, once it has registered."""
-    with once(cloud.home / "done/hosts") as todo:
-        if todo:
-            _manage_nova(lab, cloud, "discover_hosts")
+    """Tell Nova's cell about compute hosts whose services have registered."""
+    _manage_nova(lab, cloud, "discover_hosts", "--by-service")
 
 
 def _file(cloud: Cloud, service: str, name: str = "") -> tuple[str, str]:

@@ -68,7 +68,9 @@ def wait_ready(lab: Lab, cloud: Cloud) -> None:
         ("cinder-volume", "cinder-volume", f"{cinder}.services where `binary`='{{}}' and updated_at"),
     ):
         wait_report(lab, f"{cloud.name}-{service}", seen.format(binary))
-    map_hosts(lab, cloud)
+    with once(cloud.home / "done/hosts") as todo:
+        if todo:
+            map_hosts(lab, cloud)
     # Only now: an agent whose first call finds no server waits a minute before the next.
     start(lab, _dhcp_agent(lab, cloud))
     seen = f"{neutron}.agents where `binary`='neutron-dhcp-agent' and heartbeat_timestamp"
