@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,11 +124,38 @@ class Callers:
         self.first_error = self.first_error or what
 
 
+def group_order(
+    home: Home,
+    client: str,
+    envelope: bytes,
+    trusted: Iterable[bytes],
+    *,
+    numbers: Path | None = None,
+    near: str | None = None,
+    routes: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The order for a `GroupTarget`: as that client of `home`, of the group whose ACTIVE record is `envelope`.
+
+    `numbers`: see gateway/numbers; None for a key that lives no longer than the group. `near` and `routes`: as `Client`
+    takes them.
+    """
+    return {
+        "kind": "group",
+        "home": str(home.root),
+        "client": client,
+        "numbers": str(numbers) if numbers else None,
+        "envelope": base64.b64encode(envelope).decode(),
+        "controller_keys": [base64.b64encode(key).decode() for key in trusted],
+        "near": near,
+        "routes": routes or {},
+    }
+
+
 class GroupTarget:
     """A replica group's kv service through the client SDK."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        """`order`: as `group.Group.target` and `standing.target` make it."""
+        """`order`: see `group_order`."""
         identity = Home(Path(order["home"])).client(order["client"])
         routes = order["routes"]
         self._client = Client(

@@ -4,7 +4,6 @@ Replicas are local processes of the process driver that run `bench.replica`. Eve
 also by Ctrl-C.
 """
 
-import base64
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cloudfit_orchestrator.bench.generator import group_order
 from cloudfit_orchestrator.bench.processes import Worker
 from cloudfit_orchestrator.clouds.base import Cloud, Machine, MachineSpec
 from cloudfit_orchestrator.clouds.process import ProcessCloud
@@ -170,16 +170,7 @@ class Group:
         """Order for a load generator: as the client of that number, which asks the replica `near` first."""
         envelope = self._context.store.active(NAME)
         assert envelope is not None
-        return {
-            "kind": "group",
-            "home": str(self._root),
-            "client": f"load{client}",
-            "numbers": None,  # its key lives no longer than the group
-            "envelope": base64.b64encode(envelope).decode(),
-            "controller_keys": [base64.b64encode(key).decode() for key in self._context.trusted],
-            "near": near,
-            "routes": routes,
-        }
+        return group_order(self.home, f"load{client}", envelope, self._context.trusted, near=near, routes=routes)
 
     def generator(self, client: int, near: str, routes: dict[str, str] | None = None) -> Worker:
         """A load generator, not waited for."""

@@ -4,11 +4,11 @@ Its members tell nothing to who measures from outside, so messages, bytes and sy
 the processes on this host that are their machines: QEMU's, or replicas themselves.
 """
 
-import base64
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cloudfit_orchestrator.bench.generator import group_order
 from cloudfit_orchestrator.bench.ordering import AVERAGED, SEED, Parameters, Report, common_figures, drive, medians
 from cloudfit_orchestrator.bench.processes import Worker, machine_facts
 from cloudfit_orchestrator.clouds.base import Machine
@@ -72,21 +72,6 @@ def machines(context: Context, record: ConfigRecord) -> dict[str, int]:
     return found
 
 
-def target(context: Context, home: Home, envelope: bytes, group: str) -> dict[str, Any]:
-    """Order for a load generator: as this home's operator."""
-    identity = home.client()
-    return {
-        "kind": "group",
-        "home": str(home.root),
-        "client": identity.name,
-        "numbers": str(home.client_numbers(group, identity.name)),
-        "envelope": base64.b64encode(envelope).decode(),
-        "controller_keys": [base64.b64encode(key).decode() for key in context.trusted],
-        "near": None,
-        "routes": {},
-    }
-
-
 def run(context: Context, home: Home, group: str, parameters: Parameters, report: Report) -> dict[str, Any]:
     """A report as `ordering.run` gives it. The keys of the load stay in the group's state.
 
@@ -98,16 +83,17 @@ def run(context: Context, home: Home, group: str, parameters: Parameters, report
         raise PermanentError(f"group {group} has no ACTIVE configuration", next_command="cloudfit group list")
     record = open_record(envelope, context.trusted)
     servers = machines(context, record)
-    with Worker(
-        "load generator", "cloudfit_orchestrator.bench.generator", target(context, home, envelope, group)
-    ) as load:
+    operator = home.client().name
+    order = group_order(home, operator, envelope, context.trusted, numbers=home.client_numbers(group, operator))
+    with Worker("load generator", "cloudfit_orchestrator.bench.generator", order) as load:
         load.answer(CONNECT_S)
         points = []
         for clients in parameters.sweep:
             rounds = []
+            all_here = len(servers) == len(record.members)
             for i in range(parameters.repeat):
                 report(Progress("bench", "round", group, f"{clients} clients, round {i + 1} of {parameters.repeat}"))
-                rounds.append(_round(load, clients, parameters, servers, all_here=len(servers) == len(record.members)))
+                rounds.append(_round(load, clients, parameters, servers, seed=SEED + i, all_here=all_here))
             ours = medians(rounds, AVERAGED)
             by_process = medians([r["cpu_ms_per_op_by_process"] for r in rounds], (*servers, "load0"))
             errors = sum(r["errors"] for r in rounds)
@@ -122,10 +108,10 @@ def run(context: Context, home: Home, group: str, parameters: Parameters, report
 
 
 def _round(
-    load: Worker, clients: int, parameters: Parameters, servers: dict[str, int], *, all_here: bool
+    load: Worker, clients: int, parameters: Parameters, servers: dict[str, int], *, seed: int, all_here: bool
 ) -> dict[str, Any]:
     processes = {**servers, "load0": load.pid}
-    window = drive([load], clients, parameters, processes, lambda: None, seed=SEED + clients)
+    window = drive([load], clients, parameters, processes, lambda: None, seed=seed)
     found = common_figures(window, parameters, list(servers))
     client = window.answers[0]["client"]
     unknown: dict[str, Any] = dict.fromkeys(("msgs_per_op", "bytes_per_op", "fsyncs_per_s"))

@@ -2,9 +2,8 @@
 
 The driver makes the machines of so many groups of three as `apply` does: address, server, doors. A bare loop of
 openstacksdk makes as many servers with a bare port each beforehand, and waits until none is in BUILD: what the control
-plane itself takes. Tells its progress on stderr and prints one JSON document: seconds of both and
-their ratio, calls a machine by kind, CPU seconds and memory of this process. Everything that it makes is gone
-afterwards.
+plane itself takes. Tells its progress on stderr and prints one JSON document: seconds of both and their ratio, calls a
+machine by kind, CPU seconds and memory of this process. Everything that it makes is gone afterwards.
 """
 
 import argparse
