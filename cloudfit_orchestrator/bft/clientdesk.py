@@ -139,6 +139,11 @@ class ClientDesk:
         ordering.batches.name(digest, slot)
         return digest
 
+    def hand_on(self, ordering: Ordering) -> None:
+        """Who does not propose at all hands bundles on as they come: until the next tick a slot would be over."""
+        if self._at.pool.kept and not ordering.proposes and ordering.may_suspect and self._at.installed:
+            self.forward(ordering, behind=False)
+
     def forward(self, ordering: Ordering, *, behind: bool) -> None:
         """Who may not propose, or is too far `behind` to, hands bundles on to one who may."""
         replica = ordering.forward_to(behind=behind)

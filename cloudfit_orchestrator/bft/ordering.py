@@ -222,6 +222,11 @@ class Ordering(ABC):
     def suspect(self) -> None:
         """Nothing has moved for too long: ask for another view."""
 
+    @property
+    @abstractmethod
+    def proposes(self) -> bool:
+        """We are among those who propose in the view that we are in."""
+
     @abstractmethod
     def forward_to(self, *, behind: bool) -> str | None:
         """The member to hand clients' bundles on to: who may propose, if that is not us or we are too far `behind`."""

@@ -19,7 +19,6 @@ class Waiting:
     data: bytes
     body: BundleBody
     since_s: float
-    forwarded: bool = False
 
 
 class Pool:
@@ -28,6 +27,7 @@ class Pool:
     def __init__(self) -> None:
         self._bundles: dict[bytes, Waiting] = {}
         self._fresh: dict[bytes, Waiting] = {}  # those not proposed by this replica in the current view
+        self._kept: dict[bytes, Waiting] = {}  # those of them not handed on either
         self._of_client: dict[bytes, tuple[int, int]] = {}  # client -> bundles, bytes
         self._bytes = 0
 
@@ -44,7 +44,7 @@ class Pool:
         while len(self._bundles) >= MAX_BUNDLES or self._bytes + len(data) > MAX_BYTES:
             if not self._give_way(body.client, len(data)):
                 return False
-        self._bundles[name] = self._fresh[name] = Waiting(name, data, body, now_s)
+        self._bundles[name] = self._fresh[name] = self._kept[name] = Waiting(name, data, body, now_s)
         self._of_client[body.client] = count + 1, size + len(data)
         self._bytes += len(data)
         return True
@@ -68,6 +68,7 @@ class Pool:
         """The bundle was executed, or will never be."""
         waiting = self._bundles.pop(name, None)
         self._fresh.pop(name, None)
+        self._kept.pop(name, None)
         if waiting is not None:
             self._bytes -= len(waiting.data)
             count, size = self._of_client.pop(waiting.body.client)
@@ -87,6 +88,7 @@ class Pool:
             chosen.append(waiting.data)
         for name in names:
             del self._fresh[name]
+            self._kept.pop(name, None)
         return chosen
 
     @property
@@ -94,22 +96,23 @@ class Pool:
         """Whether `take` would give something (unless it is too large for any batch)."""
         return bool(self._fresh)
 
+    @property
+    def kept(self) -> bool:
+        """Whether `to_forward` would give something."""
+        return bool(self._kept)
+
     def release(self) -> None:
         """A new view: what was proposed in the old one may have to be proposed again."""
         self._fresh = dict(self._bundles)
-        for waiting in self._bundles.values():
-            waiting.forwarded = False
+        self._kept = dict(self._bundles)
 
     def forward_again(self) -> None:
         """They may have found no room where they were handed on to."""
-        for waiting in self._fresh.values():
-            waiting.forwarded = False
+        self._kept = dict(self._fresh)
 
     def to_forward(self) -> list[Waiting]:
-        """Bundles neither proposed here nor handed on yet; they are marked."""
-        found = [waiting for waiting in self._fresh.values() if not waiting.forwarded]
-        for waiting in found:
-            waiting.forwarded = True
+        """Bundles neither proposed here nor handed on yet; from now on they count as handed on."""
+        found, self._kept = list(self._kept.values()), {}
         return found
 
     def oldest_s(self) -> float | None:

@@ -125,8 +125,7 @@ class Replica:
             self._replay(entry_decoder(ordering.ENTRIES if ordering is not None else ())(data))
         self._advance()
         self._out.replaying = False
-        if self._at.ordering is not None:
-            ordering = self._at.ordering
+        if (ordering := self._at.ordering) is not None:
             ordering.batches.restored(self._at.execution.slot + 2 * ordering.record.parameters.window)
             ordering.restored()
         for c, slot in sorted(self._at.execution.snapshots.keys() - (self._in_log & self._at.saved)):
@@ -284,6 +283,7 @@ class Replica:
             return
         self._advance()
         ordering.speak(self._desk.take_batch)
+        self._desk.hand_on(ordering)
         self._succession.advance(ordering)
         if ordering.live and self._at.installed and self._ready_c != self._at.c:
             self._ready_c = self._at.c

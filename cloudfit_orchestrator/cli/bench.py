@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cloudfit_orchestrator.bench import ordering, plot, standing, state
 from cloudfit_orchestrator.cli.output import (
@@ -108,6 +109,11 @@ def bench_ordering(
     meanwhile.
     """
     parameters = ordering.Parameters(sweep=sweep or (clients,), duration_s=duration, warmup_s=warmup, **others)
+    if group is not None and (given := [option for name, option in _OF_OWN.items() if _asked_for(name)]):
+        raise BadInputError(
+            f"{', '.join(given)} cannot be had with --group: group {group} is measured as its spec says",
+            next_command="leave out one of the two",
+        )
     with _interruptible():
         if group is None:
             found = ordering.run(parameters, directory.absolute(), show_progress)
@@ -120,6 +126,14 @@ def bench_ordering(
         _print_points(found)
     if not found["good"]:
         sys.exit(EXIT_ERROR)
+
+
+_OF_OWN = {"algorithm": "--algorithm", "n": "-n"}  # what a group has from its spec
+
+
+def _asked_for(parameter: str) -> bool:
+    """Whether the command line names it, rather than its default holding."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def _print_points(found: dict[str, Any]) -> None:

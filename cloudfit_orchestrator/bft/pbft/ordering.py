@@ -416,11 +416,15 @@ class PbftOrdering(Ordering):
         if self.voice.v == self.e or len(asking) >= self.record.quorums.view_change:
             self.voice.ask(self.voice.v + 1)
 
+    @property
+    def proposes(self) -> bool:
+        """See `Ordering`."""
+        return leader(self.record, self.e) == self._at.me
+
     def forward_to(self, *, behind: bool) -> str | None:
         """See `Ordering`."""
         del behind
-        first = leader(self.record, self.e)
-        return first if self.voice is not None and first != self._at.me else None
+        return leader(self.record, self.e) if self.voice is not None and not self.proposes else None
 
     def retire(self, envelope: bytes) -> None:
         """See `Ordering`: whoever has the order asks for the next view that the member does not lead."""

@@ -381,6 +381,12 @@ class UsigOrdering(Ordering):
         self._asked = max(self._asked, target)
         self._at.announce(Kind.REQ, LAYOUT[Kind.REQ].pack(self._asked))
 
+    @property
+    def proposes(self) -> bool:
+        """See `Ordering`."""
+        tail = self.voice.tail if self.voice is not None else initial(self.record)
+        return self._at.me in proposers(self.record, tail.e, tail.blacklist, tail.retired)
+
     def forward_to(self, *, behind: bool) -> str | None:
         """See `Ordering`."""
         if self.voice is None:

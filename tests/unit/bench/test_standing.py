@@ -57,6 +57,7 @@ def test_a_group_that_serves_is_measured_and_serves_on(home: Path) -> None:
         (("--against", "etcd"), "--against cannot be had with --group"),
         (("--wan", "a-b:1ms,a-c:1ms,b-c:1ms", "--stop-slowest"), "--wan, --stop-slowest cannot be had with --group"),
         (("--processes", "4"), "--processes cannot be had with --group"),
+        (("-n", "3", "--algorithm", "ebawa"), "--algorithm, -n cannot be had with --group"),
     ],
 )
 def test_what_cannot_be_measured_is_said(home: Path, more: tuple[str, ...], told: str) -> None:

@@ -11,6 +11,7 @@ from cloudfit_orchestrator.bft.usig.messages import Fetch, decode_peer
 from cloudfit_orchestrator.bft.usig.ordering import UsigOrdering
 from cloudfit_orchestrator.model.record import Algorithm, record_hash
 from cloudfit_orchestrator.services.counter import CounterService
+from tests.conformance.properties import new_group
 from tests.unit.bft.house import GROUP, House
 from tests.unit.bft.machine import Machine
 
@@ -75,3 +76,29 @@ def test_who_has_no_slot_left_in_its_window_tells_the_idle_proposer_of_the_open_
     machine.client(house.bundle([(1, bytes(8))]))
     machine.ticks(0.5)
     assert [peer for peer, message in machine.sent if isinstance(message, Forward)] == ["r1#2"]
+
+
+def test_who_does_not_propose_hands_a_bundle_on_in_the_same_turn() -> None:
+    """Over distances a client's near replica is mostly not the leader: until the next tick, up to 50 ms were lost."""
+    machine = Machine(House(3, algorithm=Algorithm.MINBFT, period=8, window=16), "r1")
+    machine.client(machine.house.bundle([(1, bytes(8))]))
+    assert [peer for peer, message in machine.sent if isinstance(message, Forward)] == ["r0#1"]
+    machine.ticks(0.5)
+    machine.client(machine.house.bundle([(1, bytes(8))]))
+    assert [peer for peer, message in machine.sent if isinstance(message, Forward)] == ["r0#1"], "once is enough"
+
+
+def test_who_proposes_keeps_its_bundles() -> None:
+    machine = Machine(House(3, algorithm=Algorithm.EBAWA, period=8, window=16), "r1")
+    machine.client(machine.house.bundle([(1, bytes(8))]))
+    machine.ticks(0.5)
+    assert not [message for _, message in machine.sent if isinstance(message, Forward)]
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+@pytest.mark.parametrize("near", ["r0", "r1", "r2"])
+def test_no_time_need_pass_until_a_request_is_answered_whichever_member_has_it(near: str, algorithm: Algorithm) -> None:
+    group = new_group(algorithm)
+    group.submit(near)
+    group.deliver_all()
+    assert sum(bool(node.decided) for node in group.correct) > group.f
