@@ -18,7 +18,7 @@ from tests.openstack.lab.infrastructure import sql
 from tests.openstack.lab.layout import Cloud, Host, Lab
 from tests.openstack.lab.processes import Service, check_alive, find, knowing_keys, start, stop
 from tests.openstack.lab.resources import connected
-from tests.openstack.lab.settings import compute_name, config_file
+from tests.openstack.lab.settings import FAKE_COMPUTE, compute_name, config_file
 
 READY_TIMEOUT_S = 300.0  # 20 s on an idle machine; one start of a privsep daemon took 47 s on a busy one
 GUEST_TIMEOUT_S = 60.0
@@ -89,7 +89,8 @@ def wait_report(lab: Lab, name: str, row: str) -> None:
 def compute(lab: Lab, host: Host) -> Service:
     """Its nova-compute."""
     name = compute_name(host)
-    return knowing_keys(lab, host.cloud, name, config_file(host.cloud, "nova", name), program="nova-compute")
+    program = "nova-compute" if host.cloud.real else str(lab.bin / FAKE_COMPUTE)
+    return knowing_keys(lab, host.cloud, name, config_file(host.cloud, "nova", name), program=program)
 
 
 def libvirtd(host: Host) -> Service:

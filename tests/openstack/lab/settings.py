@@ -12,6 +12,7 @@ SERVICE_USER = "svc"
 PHYSICAL_NETWORK = "physnet1"
 # Modules of ours that run inside OpenStack's services, from a directory in their PYTHONPATH.
 PLUGINS = ("file_key_manager.py", "own_ports_firewall.py")
+FAKE_COMPUTE = "many_nodes.py"  # a program
 LOG_MIB = 16  # of one log file; the one before it is kept
 # There is no Barbican, and Nova's ConfKeyManager cannot store the secrets of virtual TPMs.
 _KEY_MANAGER = {"backend": "file_key_manager.FileKeyManager"}
@@ -188,7 +189,7 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
             **_common(lab, cloud),
             "my_ip": "127.0.0.1",
             "host": cloud.host.name,
-            "compute_driver": "libvirt.LibvirtDriver" if cloud.real else "fake.FakeDriver",
+            "compute_driver": "libvirt.LibvirtDriver" if cloud.real else "fake.ManyNodes",
             "state_path": cloud.home / "nova",
             "instances_path": cloud.instances,
             "instance_name_template": f"{cloud.name}-%08x",
@@ -377,6 +378,7 @@ def install_programs(lab: Lab, cloud: Cloud) -> None:
         link.symlink_to("/usr/bin/neutron-linuxbridge-agent")
     for source in (Path(__file__).with_name(name) for name in PLUGINS):
         write(lab.home / "lib" / source.name, source.read_text())
+    write(lab.bin / FAKE_COMPUTE, Path(__file__).with_name(FAKE_COMPUTE).read_text(), 0o755)
 
 
 # Kernels of test machines have neither NFS nor iSCSI. A volume's share is a directory here, so mounting it is a bind
