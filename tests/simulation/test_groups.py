@@ -12,6 +12,9 @@ from cloudfit_orchestrator.testing.profiles import DRAWN, MIXED, PROFILES, PUPPE
 from cloudfit_orchestrator.testing.simulator import simulate
 
 LIGHT = {"operations": 6, "trouble_s": 6.0}  # of each client, before the seed multiplies them; virtual seconds
+# A run of a second or two of virtual time: a replacement, a few requests, whatever else the seed draws. Cheap, so many.
+BRIEF = (("trouble_s", 1.0), ("operations", 4), ("clients", 2), ("busy", 1), ("replacements", 1))
+BRIEFS, OF_TEST = range(100_001, 101_001), 50
 CHUNK = 5  # seeds of one test: each with all engines that tolerate a fault with so many members
 SEEDS = {
     (MIXED, 3): 60, (PUPPETS, 3): 40, (READS, 3): 20, (MIXED, 4): 10, (READS, 4): 5, (MIXED, 5): 15, (PUPPETS, 5): 10,
@@ -38,6 +41,14 @@ def test_a_group_keeps_its_promises_whatever_a_seed_draws(profile: str, n: int, 
     assert not coverage.failures, "\n".join(f"{f.kind}: {f.fact}\nreplay: {f.command}" for f in coverage.failures)
     assert coverage.runs == len(jobs)
     assert coverage.of("check")["look-ahead"] >= CHUNK, "the strongest check saw hardly anything decided"
+
+
+@pytest.mark.parametrize("first", BRIEFS[::OF_TEST])
+def test_a_group_keeps_its_promises_in_many_short_runs(first: int) -> None:
+    seeds = range(first, first + OF_TEST)
+    coverage = work([Job(seed, 3, algorithm, MIXED, BRIEF) for seed in seeds for algorithm in sorted(WITH_WORMHOLE)])
+    assert not coverage.failures, "\n".join(f"{f.kind}: {f.fact}\nreplay: {f.command}" for f in coverage.failures)
+    assert coverage.of("attack")
 
 
 def test_reads_that_are_not_ordered_are_among_what_is_checked() -> None:

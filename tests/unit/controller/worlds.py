@@ -1,6 +1,7 @@
 """A home over fake clouds, as a controller process finds it after each start."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ clouds:
 MAX_POINTS = 2000
 
 
+@cache  # read thousands of times, and YAML takes its time
 def spec(text: str = SPEC) -> GroupSpec:
     return parse_spec(text, "spec.yaml")
 
