@@ -8,7 +8,7 @@ which go when its last machine has gone.
 
 import socket
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -275,9 +275,9 @@ class OpenStackCloud(Cloud):
         with self._locked(machine.owner):
             self._clear(machine.owner)
         deployment = machine.owner.deployment
-        used = {str((s.get("image") or {}).get("id")) for s in self.servers.of_deployment(deployment)}
-        self.images.collect(deployment, used)
-        self._leave(deployment, machine.owner.group)
+        servers = self.servers.of_deployment(deployment)  # seconds of Nova's where there are hundreds: once
+        self.images.collect(deployment, {str((s.get("image") or {}).get("id")) for s in servers})
+        self._leave(deployment, machine.owner.group, servers)
 
     def _clear(self, owner: Ownership) -> None:
         """All servers, ports and volumes of that identity; a volume with a snapshot stays behind for it."""
@@ -288,13 +288,13 @@ class OpenStackCloud(Cloud):
             self.volumes.wait_free(volume)
             self.volumes.keep_or_remove(volume)
 
-    def _leave(self, deployment: str, group: str) -> None:
-        """Remove what belongs to a replica group as a whole, once its last machine has gone from here."""
+    def _leave(self, deployment: str, group: str, servers: Iterable[Mapping[str, Any]]) -> None:
+        """Remove what belongs to a replica group as a whole, once its last machine has gone from the `servers` here."""
 
         def mine(owner: Ownership | None) -> bool:
             return owner is not None and (owner.deployment, owner.group) == (deployment, group)
 
-        if any(mine(owner_of(s["metadata"])) for s in self.servers.of_deployment(deployment)):
+        if any(mine(owner_of(s["metadata"])) for s in servers):
             return
         if any(mine(owner_of_label(p.get("description"))) for p in self.network.ports()):
             return
@@ -435,7 +435,7 @@ class OpenStackCloud(Cloud):
             elif orphan.kind is OrphanKind.MACHINE or self.find(orphan.owner) is None:
                 with self._locked(orphan.owner):
                     self._clear(orphan.owner)
-                self._leave(deployment, orphan.owner.group)
+                self._leave(deployment, orphan.owner.group, self.servers.of_deployment(deployment))
 
     def _sweep_network(self, deployment: str, orphan: Orphan) -> None:
         """What is not found among ours is gone, or not ours: then it is not touched."""

@@ -214,6 +214,8 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "database": _database(lab, cloud, "nova"),
         "conductor": {"workers": 1},
         "scheduler": {"workers": 1, "discover_hosts_in_cells_interval": 30},
+        # Of many equal nodes the scheduler would fill one after the other.
+        "filter_scheduler": {} if cloud.real else {"host_subset_size": 30},
         "glance": {"api_servers": cloud.url("glance")},
         "placement": auth,
         "neutron": auth,

@@ -23,8 +23,8 @@ group_scenario = partial(scenario, deadline_s=120)
 @group_scenario
 async def test_without_a_quorum_a_request_fails_at_its_deadline_and_says_so(monkeypatch):
     async with Cluster() as cluster, cluster.client() as client:
+        await KvClient(client, timeout_s=120).put(b"a", b"1")
         kv = KvClient(client, timeout_s=2)
-        await kv.put(b"a", b"1")
         await cluster.kill("r1", 2)
         await cluster.kill("r2", 3)
         began = time.monotonic()
