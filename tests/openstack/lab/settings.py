@@ -214,8 +214,6 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "database": _database(lab, cloud, "nova"),
         "conductor": {"workers": 1},
         "scheduler": {"workers": 1, "discover_hosts_in_cells_interval": 30},
-        # Of many equal nodes the scheduler would fill one after the other.
-        "filter_scheduler": {} if cloud.real else {"host_subset_size": 30},
         "glance": {"api_servers": cloud.url("glance")},
         "placement": auth,
         "neutron": auth,
@@ -229,7 +227,18 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "vif_plug_linux_bridge_privileged": _privsep("nova", cloud),
         "privsep_osbrick": _privsep("nova", cloud),
         **_quiet(cloud),
+        **({} if cloud.real else _MANY_NODES),
     }
+
+
+# Nova tells Placement of one node only that its host is in a zone; and of equal nodes it would take the first.
+_MANY_NODES: Settings = {
+    "scheduler": {"workers": 1, "query_placement_for_availability_zone": "false"},
+    "filter_scheduler": {
+        "enabled_filters": "AvailabilityZoneFilter,ComputeFilter,ImagePropertiesFilter",
+        "host_subset_size": 30,
+    },
+}
 
 
 def _of_host(compute: Settings, host: Host, other: Host) -> Settings:
