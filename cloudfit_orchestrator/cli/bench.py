@@ -27,6 +27,7 @@ from cloudfit_orchestrator.model.errors import BadInputError
 from cloudfit_orchestrator.model.record import Algorithm
 
 _DEFAULT = ordering.Parameters()
+_OF_OWN = {"algorithm": "--algorithm", "n": "-n"}  # what a --group has from its spec
 _directory_option = click.option(
     "--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path(),
     help="Where temporary files live; on a disk. Default: the working directory.",
@@ -126,9 +127,6 @@ def bench_ordering(
         _print_points(found)
     if not found["good"]:
         sys.exit(EXIT_ERROR)
-
-
-_OF_OWN = {"algorithm": "--algorithm", "n": "-n"}  # what a group has from its spec
 
 
 def _asked_for(parameter: str) -> bool:

@@ -174,21 +174,21 @@ def main() -> None:
             before_s = cpu_s()
             ours_s = ours(cloud, told, (directory, manifest), options.groups, options.workers, deployment)
             used_s, counts = cpu_s() - before_s, dict(api.counts.most_common())
+            found = {
+                "groups": options.groups,
+                "machines": machines,
+                "workers": options.workers,
+                "bare_s": round(bare_s, 1),
+                "ours_s": round(ours_s, 1),
+                "ratio": round(ours_s / bare_s, 2),
+                "calls_per_machine": round(sum(counts.values()) / machines, 1),
+                "calls": {name: round(count / machines, 2) for name, count in counts.items()},
+                "cpu_s": round(used_s, 1),
+                "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }
+            print(json.dumps(found, indent=2), flush=True)  # now: to remove hundreds of machines takes long
         finally:
             clear(cloud, deployment, options.workers)
-    found = {
-        "groups": options.groups,
-        "machines": machines,
-        "workers": options.workers,
-        "bare_s": round(bare_s, 1),
-        "ours_s": round(ours_s, 1),
-        "ratio": round(ours_s / bare_s, 2),
-        "calls_per_machine": round(sum(counts.values()) / machines, 1),
-        "calls": {name: round(count / machines, 2) for name, count in counts.items()},
-        "cpu_s": round(used_s, 1),
-        "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

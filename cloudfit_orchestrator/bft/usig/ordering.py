@@ -384,19 +384,22 @@ class UsigOrdering(Ordering):
     @property
     def proposes(self) -> bool:
         """See `Ordering`."""
-        tail = self.voice.tail if self.voice is not None else initial(self.record)
-        return self._at.me in proposers(self.record, tail.e, tail.blacklist, tail.retired)
+        return self._at.me in self._turn()
 
     def forward_to(self, *, behind: bool) -> str | None:
         """See `Ordering`."""
         if self.voice is None:
             return None
-        tail = self.voice.tail
-        turn = proposers(self.record, tail.e, tail.blacklist, tail.retired)
+        turn = self._turn()
         others = [replica for replica in turn if replica != self._at.me]
         if self._at.me in turn and not behind:
             return self._next_proposer(turn) if self.voice.window_full else None
-        return others[tail.e % len(others)] if others else None
+        return others[self.voice.tail.e % len(others)] if others else None
+
+    def _turn(self) -> Sequence[str]:
+        """Who proposes in the view that we are in."""
+        tail = self.voice.tail if self.voice is not None else initial(self.record)
+        return proposers(self.record, tail.e, tail.blacklist, tail.retired)
 
     def _next_proposer(self, turn: Sequence[str]) -> str | None:
         """Who is to propose the lowest slot without a proposal, if that is not us: it may be idle, and not know."""

@@ -7,6 +7,7 @@ import contextlib
 import datetime as dt
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ def wait_report(lab: Lab, name: str, row: str) -> None:
 def compute(lab: Lab, host: Host) -> Service:
     """Its nova-compute."""
     name = compute_name(host)
-    program = "nova-compute" if host.cloud.real else str(lab.bin / FAKE_COMPUTE)
-    return knowing_keys(lab, host.cloud, name, config_file(host.cloud, "nova", name), program=program)
+    program = Path("nova-compute") if host.cloud.real else lab.bin / FAKE_COMPUTE
+    service = knowing_keys(lab, host.cloud, name, config_file(host.cloud, "nova", name), program=str(program))
+    return service if host.cloud.real else replace(service, files=[*service.files, program])
 
 
 def libvirtd(host: Host) -> Service:

@@ -213,7 +213,12 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "api_database": _database(lab, cloud, "nova_api"),
         "database": _database(lab, cloud, "nova"),
         "conductor": {"workers": 1},
-        "scheduler": {"workers": 1, "discover_hosts_in_cells_interval": 30},
+        "scheduler": {
+            "workers": 1,
+            "discover_hosts_in_cells_interval": 30,
+            # Nova tells Placement of one node only that its host is in a zone.
+            "query_placement_for_availability_zone": "true" if cloud.real else "false",
+        },
         "glance": {"api_servers": cloud.url("glance")},
         "placement": auth,
         "neutron": auth,
@@ -227,17 +232,13 @@ def _nova(lab: Lab, cloud: Cloud) -> Settings:
         "vif_plug_linux_bridge_privileged": _privsep("nova", cloud),
         "privsep_osbrick": _privsep("nova", cloud),
         **_quiet(cloud),
-        **({} if cloud.real else _MANY_NODES),
+        **({} if cloud.real else {"filter_scheduler": _MANY_NODES}),
     }
 
 
-# Nova tells Placement of one node only that its host is in a zone; and of equal nodes it would take the first.
-_MANY_NODES: Settings = {
-    "scheduler": {"workers": 1, "query_placement_for_availability_zone": "false"},
-    "filter_scheduler": {
-        "enabled_filters": "AvailabilityZoneFilter,ComputeFilter,ImagePropertiesFilter",
-        "host_subset_size": 30,
-    },
+_MANY_NODES: dict[str, object] = {
+    "enabled_filters": "AvailabilityZoneFilter,ComputeFilter,ImagePropertiesFilter",
+    "host_subset_size": 30,  # any of the nodes of many_nodes.py: of equal ones the first would be taken
 }
 
 
