@@ -62,7 +62,8 @@ def test_an_agent_with_another_key_than_the_enrolled_one_is_refused(sites: Local
     own = sites.agent(ULM, start=True).status()["key"]
     assert sites.agent(dataclasses.replace(ULM, agent_key=own), start=True).status()["key"] == own
     for start in (True, False):
-        with pytest.raises(BadError, match=f"cloud ulm: .* has the key {re.escape(own)}, and .* is enrolled") as refused:
+        told = f"cloud ulm: .* has the key {re.escape(own)}, and .* is enrolled"
+        with pytest.raises(BadError, match=told) as refused:
             sites.agent(dataclasses.replace(ULM, agent_key=OTHER_KEY), start=start)
         assert OTHER_KEY in str(refused.value)
     behind_socket = dataclasses.replace(ULM, agent_socket=str(root / "agents/ulm/agent.sock"), agent_key=OTHER_KEY)
