@@ -55,6 +55,7 @@ SIGNAL_TIMEOUT_S = 10.0  # a signal takes effect in milliseconds, unless the pro
 COPY_TIMEOUT_S = 300.0
 MAX_SOCKET_PATH = 107
 _POLL_S = 0.005
+_ENV_END = 48  # in /proc/PID/stat, behind the name (proc(5): field 51)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +82,23 @@ def _marked(directory: Path) -> _Process | None:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0") and os.getsid(int(entry.name)) == int(
-                    entry.name
-                ):
+                if wanted in _environment(entry) and os.getsid(int(entry.name)) == int(entry.name):
                     return _process(int(entry.name))
             except OSError:  # gone, or not ours to read
                 continue
     return None
+
+
+def _environment(entry: Path) -> list[bytes]:
+    """Of the process in /proc. One in the middle of execve, whose parent goes on already, has none yet: waited for."""
+    deadline = time.monotonic() + SIGNAL_TIMEOUT_S
+    while True:
+        ends_at = (entry / "stat").read_text().rsplit(")", 1)[1].split()[_ENV_END]
+        found = (entry / "environ").read_bytes()
+        if found or int(ends_at) or time.monotonic() > deadline:
+            return found.split(b"\0")
+        (entry / "exe").readlink()  # OSError: a thread of the kernel, or a zombie, has none for ever
+        time.sleep(_POLL_S)
 
 
 def entry_module(spec: MachineSpec) -> str:

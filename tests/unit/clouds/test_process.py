@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cloudfit_orchestrator.clouds.base import MachineState, OrphanKind
-from cloudfit_orchestrator.clouds.process import ISOLATES_NOTHING, ProcessCloud, _process
+from cloudfit_orchestrator.clouds.process import ISOLATES_NOTHING, MARK, ProcessCloud, _environment, _process
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
 from tests.unit.clouds.specs import NETWORK, owner, spec
 
@@ -129,6 +129,17 @@ def test_a_process_whose_pid_was_never_noted_is_found_by_its_mark(cloud, tmp_pat
     assert cloud.find(owner()).reference["pid"] == machine.reference["pid"]
     cloud.destroy(machine)
     assert _process(machine.reference["pid"]) is None
+
+
+def test_the_mark_of_a_process_in_the_middle_of_execve_is_waited_for():
+    for number in range(100):  # each third or fourth one's environment is empty at once
+        where = f"/nowhere/{number}"
+        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)"], {MARK: where})
+        try:
+            assert f"{MARK}={where}".encode() in _environment(Path(f"/proc/{pid}"))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def test_destroy_leaves_nothing_and_orphans_are_what_nobody_knows(cloud, tmp_path):
