@@ -43,7 +43,6 @@ from cloudfit_orchestrator.clouds.openstack_tags import (
     Reservation,
     group_of_label,
     owner_of,
-    owner_of_label,
 )
 from cloudfit_orchestrator.clouds.openstack_volumes import FORMAT as VOLUME_SNAPSHOT
 from cloudfit_orchestrator.clouds.openstack_volumes import OVERLAY, STATE, Volumes, gib
@@ -135,7 +134,7 @@ class OpenStackCloud(Cloud):
     def delete_network(self, deployment: str, name: str) -> None:
         if self.servers.of_deployment(deployment):
             raise RefusedError(f"machines of {deployment} still stand in {self.api.name}: {name} stays")
-        for port, _ in self.network.reserved(deployment):
+        for port, _ in self.network.of_deployment(deployment):
             self.network.remove_port(port)
         for what, made, _ in self._of_groups(deployment):
             (self.servers.remove_group if what == "server group" else self.network.remove_group)(made)
@@ -168,9 +167,6 @@ class OpenStackCloud(Cloud):
         """A creation failed for good: nothing of it stays. What cannot be removed now is an orphan, listed as such."""
         try:
             self._clear(owner)
-            for port, reserved in self.network.reserved(owner.deployment):
-                if reserved == Reservation.of(owner):
-                    self.network.remove_port(port)
         except CloudfitError:
             return  # the error that is under way says why; this one would hide it
 
@@ -290,15 +286,10 @@ class OpenStackCloud(Cloud):
 
     def _leave(self, deployment: str, group: str, servers: Iterable[Mapping[str, Any]]) -> None:
         """Remove what belongs to a replica group as a whole, once its last machine has gone from the `servers` here."""
-
-        def mine(owner: Ownership | None) -> bool:
-            return owner is not None and (owner.deployment, owner.group) == (deployment, group)
-
-        if any(mine(owner_of(s["metadata"])) for s in servers):
+        owners = (owner_of(s["metadata"]) for s in servers)
+        if any(o is not None and (o.deployment, o.group) == (deployment, group) for o in owners):
             return
-        if any(mine(owner_of_label(p.get("description"))) for p in self.network.ports()):
-            return
-        for port, reserved in self.network.reserved(deployment):
+        for port, reserved in self.network.of_deployment(deployment):
             if reserved.group == group:
                 self.network.remove_port(port)
         for what, made, label in self._of_groups(deployment):
@@ -389,18 +380,16 @@ class OpenStackCloud(Cloud):
         volumes = self.volumes.of_deployment(deployment) if cinder else []
         parts = {o.identity: o for o in (owner_of(v["metadata"]) for v in volumes) if o}
         parts = {identity: o for identity, o in parts.items() if identity not in standing}
-        parts |= {
-            o.identity: o for o in (owner_of_label(p.get("description")) for p in self.network.ports())
-            if o is not None and o.deployment == deployment
-        }  # fmt: skip
+        ports = self.network.of_deployment(deployment)
+        owners = {Reservation.of(o): o for o in (*parts.values(), *evidence, *known, *(m.owner for m in here))}
+        parts |= {o.identity: o for o in (owners.get(reserved) for _, reserved in ports) if o}
         found += [
             Orphan(OrphanKind.DISK, o.key, o.name, o) for i, o in sorted(parts.items()) if i not in expected | present
         ]
-        waiting = {Reservation.of(o) for o in known}
         found += [
             Orphan(OrphanKind.NETWORK, str(port["id"]), reserved.name, None)
-            for port, reserved in self.network.reserved(deployment)
-            if reserved not in waiting
+            for port, reserved in ports
+            if reserved not in owners
         ]
         groups = {o.group for o in known}
         found += [
@@ -439,7 +428,7 @@ class OpenStackCloud(Cloud):
 
     def _sweep_network(self, deployment: str, orphan: Orphan) -> None:
         """What is not found among ours is gone, or not ours: then it is not touched."""
-        for port, _ in self.network.reserved(deployment):
+        for port, _ in self.network.of_deployment(deployment):
             if port["id"] == orphan.id:
                 self.network.remove_port(port)
         for what, made, _ in self._of_groups(deployment):

@@ -1,8 +1,8 @@
 """Addresses, ports and security groups in networks that the operator made; no network of ours is made or deleted.
 
-An address is reserved before its machine is planned: Neutron chooses it, because only a network's owner may. The
-reservation is a port that says for which operation, replica and role it is; creating the machine writes the machine's
-own tags over that. A security group a replica group lets in its members and clients only.
+An address is reserved before its machine is planned: Neutron chooses it, because only a network's owner may. That is
+done by making the machine's port, which says for which operation, replica and role it is. A security group a replica
+group lets in its members and clients only.
 """
 
 import ipaddress
@@ -15,8 +15,6 @@ from cloudfit_orchestrator.clouds.openstack_tags import (
     Reservation,
     group_label,
     group_of_label,
-    label,
-    owner_of_label,
 )
 from cloudfit_orchestrator.clouds.openstack_volumes import make_once
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError
@@ -105,47 +103,43 @@ class Network:
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
     def take(self, owner: Ownership, address: str) -> dict[str, Any]:
-        """The machine's port with that address: the one that was reserved becomes its own, or one is made."""
+        """The machine's port with that address: the one that was reserved, or, if that is gone, one like it."""
         tried = f"give {owner.name} the address {address}"
-        name, mine = Reservation.of(owner).name, {"description": label(owner)}
+        mine = Reservation.of(owner)
 
         def step() -> dict[str, Any] | None:
-            here = self.ports(name=name)
+            here = [p for p in self.ports(name=mine.name) if Reservation.from_label(p.get("description")) == mine]
             at_it = [p for p in here if _address(p) == address] or self.ports(fixed_ips=f"ip_address={address}")
             port = next((p for p in at_it if _address(p) == address), None)
             if port is None:
                 fixed = {"subnet_id": self.subnet()["id"], "ip_address": address}
                 groups = [self.ensure_group(owner.deployment, owner.group)]
                 place = {"network_id": self.require()["id"], "fixed_ips": [fixed], "security_groups": groups}
+                named = {"name": mine.name, "description": mine.label()}
                 try:
-                    self._api.make("network", "/ports", {"port": {"name": name, **mine, **place}}, tried)
+                    self._api.make("network", "/ports", {"port": {**named, **place}}, tried)
                 except RejectedError as error:
                     raise PermanentError(
                         f"{tried}: its port is gone, and another one cannot be made: {error.fact}",
                         next_command=f"cloudfit group destroy {owner.group}, then apply again",
                     ) from error
                 return None
-            found = owner_of_label(port.get("description"))
-            if found is not None and found.identity == owner.identity:
-                return port
-            reserved = Reservation.from_label(port.get("description"))
-            if found is not None or reserved != Reservation.of(owner) or port.get("device_id"):
+            if Reservation.from_label(port.get("description")) != mine:
                 raise RefusedError(
                     f"{tried}: the port {port['id']} with that address does not carry its tags: not touched",
                     next_command=f"openstack --os-cloud {self._api.cloud} port show {port['id']}",
                 )
             for extra in here:  # of a reservation whose answer was lost, or that was carried out twice
-                if extra is not port and Reservation.from_label(extra.get("description")) == reserved:
+                if extra is not port:
                     self.remove_port(extra)
-            return _told(self._api.put("network", f"/ports/{port['id']}", {"port": mine}, tried), label(owner))
+            return port
 
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
     def remove_ports(self, owner: Ownership) -> None:
         """Delete the ports of that machine."""
-        for port in self.ports():
-            found = owner_of_label(port.get("description"))
-            if found is not None and found.identity == owner.identity:
+        for port, reserved in self.of_deployment(owner.deployment):
+            if reserved == Reservation.of(owner):
                 self.remove_port(port)
 
     def remove_port(self, port: Mapping[str, Any]) -> None:
@@ -157,13 +151,10 @@ class Network:
 
         self._api.until(tried, gone, NETWORK_TIMEOUT_S)
 
-    def reserved(self, deployment: str) -> list[tuple[dict[str, Any], Reservation]]:
-        """Ports of the deployment that no machine has taken."""
+    def of_deployment(self, deployment: str) -> list[tuple[dict[str, Any], Reservation]]:
+        """All ports of the deployment, and what each is for."""
         found = [(p, Reservation.from_label(p.get("description"))) for p in self.ports()]
-        return [
-            (p, r) for p, r in found
-            if r is not None and r.deployment == deployment and owner_of_label(p["description"]) is None
-        ]  # fmt: skip
+        return [(p, r) for p, r in found if r is not None and r.deployment == deployment]
 
     # Security groups
 

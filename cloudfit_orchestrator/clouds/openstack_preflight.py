@@ -387,7 +387,7 @@ class Preflight:
         except PermanentError as error:
             found.append(Finding("allowed calls", "fail", error.fact, error.next_command))
         finally:
-            for port, _ in self._network.reserved(deployment):
+            for port, _ in self._network.of_deployment(deployment):
                 self._network.remove_port(port)
             for made in self._network.groups(deployment):
                 self._network.remove_group(made)

@@ -80,6 +80,10 @@ class Servers:
         alive = [s for s in found if s.get("status") not in ("DELETED", "SOFT_DELETED")]
         return sorted(alive, key=lambda s: (str(s.get("created")), str(s["id"])))
 
+    def _brief(self, tried: str, **only: str) -> list[dict[str, Any]]:
+        """Id and name: for details Nova asks Neutron about every server in the list."""
+        return self._api.list("compute", "/servers", "servers", tried, **only, limit=_PAGE)
+
     def all_of(self, owner: Ownership, *, alone: bool = False) -> list[dict[str, Any]]:
         """Every server of that identity, oldest first: more than one only after a creation whose answer was lost.
 
@@ -91,7 +95,8 @@ class Servers:
         if found:
             return found
         pattern = f"^{owner.deployment}-{owner.group}-".replace(".", r"\.")
-        named = [s for s in self._list(tried, name=pattern) if s.get("name") == owner.name]
+        homonyms = [str(s["id"]) for s in self._brief(tried, name=pattern) if s.get("name") == owner.name]
+        named = [s for s in map(self.get, homonyms) if s is not None]
         found = [s for s in named if _is(s, owner)]  # somebody took the tag away, which identifies nothing
         if alone and named and not found:
             raise RefusedError(
@@ -109,7 +114,7 @@ class Servers:
     def _still_built(self, identity: str, owner: Ownership) -> bool:
         """Whether Nova is building that server: a list of those that are, which all threads that wait share."""
         tried = f"list the servers of {owner.deployment} that are being built"
-        found = self._list(tried, tags=deployment_tag(owner.deployment), status="BUILD")
+        found = self._brief(tried, tags=deployment_tag(owner.deployment), status="BUILD")
         return any(s["id"] == identity for s in found)
 
     def find(self, owner: Ownership) -> dict[str, Any] | None:

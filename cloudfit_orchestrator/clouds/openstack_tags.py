@@ -1,9 +1,11 @@
 """How ownership stands on OpenStack's objects, from the instant of their creation.
 
 Servers, volumes, snapshots and images carry it as metadata (`cloudfit_deployment`, …). Neutron's and Nova's other
-objects have no metadata: there the whole tag set is one label, `cloudfit:1 deployment/group/replica/incarnation/role/
-operation`, in a port's or security group's description and in a server group's name. A tag that is set by a second
-request could be missing after a death between the two, so Neutron's own tags are not used.
+objects have no metadata: there it is one label in the description of a port or security group, and in a server group's
+name. A port is made before its machine has an incarnation; its label, `cloudfit:1 deployment/group/replica/0/role/
+operation`, names the machine as well, since an operation wants one machine for a replica in a role, and stays for life:
+to change a port costs Neutron as much as to make one. A tag that is set by a second request could be missing after a
+death between the two, so Neutron's own tags are not used.
 """
 
 import hashlib
@@ -21,8 +23,7 @@ PREFIX = "cloudfit_"
 LABEL = "cloudfit:1 "
 KIND, FINGERPRINT, STATE_ON = "cloudfit_kind", "cloudfit_fingerprint", "cloudfit_state"
 VOLUME, INSTANCE = "volume", "instance"  # of STATE_ON
-_FIELDS = ("deployment", "group", "replica", "incarnation", "role", "operation")
-RESERVED = 0  # in the place of the incarnation: an address that a machine is going to have
+_ANY = 0  # in the place of the incarnation
 
 
 def metadata(owner: Ownership, **more: str) -> dict[str, str]:
@@ -49,25 +50,9 @@ def group_tag(owner: Ownership) -> str:
     return f"cloudfit-{hashlib.sha256(json.dumps([owner.deployment, owner.group]).encode()).hexdigest()[:32]}"
 
 
-def label(owner: Ownership) -> str:
-    """The tag set as one line."""
-    return LABEL + "/".join(owner.tags()[name] for name in _FIELDS)
-
-
 def group_label(deployment: str, group: str) -> str:
     """The tag set of what belongs to a whole group."""
     return f"{LABEL}{deployment}/{group}"
-
-
-def owner_of_label(text: object) -> Ownership | None:
-    """The inverse of `label`; None for anything else."""
-    parts = text.removeprefix(LABEL).split("/") if isinstance(text, str) and text.startswith(LABEL) else []
-    if len(parts) != len(_FIELDS):
-        return None
-    try:
-        return Ownership.from_tags(dict(zip(_FIELDS, parts, strict=True)))
-    except BadInputError:
-        return None
 
 
 def group_of_label(text: object) -> tuple[str, str] | None:
@@ -78,7 +63,7 @@ def group_of_label(text: object) -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What an address is kept for: the machine that this operation wants for `replica` in `role`."""
+    """What a port is for: the machine that this operation wants for `replica` in `role`."""
 
     deployment: str
     group: str
@@ -92,22 +77,20 @@ class Reservation:
         return f"{self.deployment}-{self.group}-{self.replica}-{self.role.value}"
 
     def label(self) -> str:
-        """On the port, until its machine is created."""
-        return f"{LABEL}{self.deployment}/{self.group}/{self.replica}/{RESERVED}/{self.role.value}/{self.operation}"
+        """In the port's description."""
+        return f"{LABEL}{self.deployment}/{self.group}/{self.replica}/{_ANY}/{self.role.value}/{self.operation}"
 
     @classmethod
     def of(cls, owner: Ownership) -> "Reservation":
-        """The one that the machine `owner` came from."""
+        """The one of the machine `owner`."""
         return cls(owner.deployment, owner.group, owner.replica, owner.role, owner.operation)
 
     @classmethod
     def from_label(cls, text: object) -> "Reservation | None":
-        """The inverse of `label`, also of a machine's label; None for anything else."""
+        """The inverse of `label`, whatever the incarnation; None for anything else."""
         parts = text.removeprefix(LABEL).split("/") if isinstance(text, str) and text.startswith(LABEL) else []
-        if len(parts) != len(_FIELDS):
-            return None
-        deployment, group, replica, _, role, operation = parts
         try:
+            deployment, group, replica, _, role, operation = parts
             return cls(deployment, group, replica, Role(role), operation)
         except ValueError:
             return None

@@ -207,7 +207,7 @@ class FakeOpenStack(Glance):
         if parts[0] == "os-server-groups":
             return self._server_groups(method, parts, body)
         self._look("servers")
-        if method == "GET" and path == "/servers/detail":
+        if method == "GET" and path in ("/servers", "/servers/detail"):
             found = [self._shown(s) for s in self.objects["servers"].values()]
             if "tags" in query:
                 found = [s for s in found if set(query["tags"].split(",")) <= set(s["tags"])]
@@ -215,7 +215,8 @@ class FakeOpenStack(Glance):
                 found = [s for s in found if re.search(query["name"], s["name"])]
             if "status" in query:
                 found = [s for s in found if s["status"] == query["status"]]
-            return 200, {"servers": found}
+            brief = path == "/servers"
+            return 200, {"servers": [{"id": s["id"], "name": s["name"]} for s in found] if brief else found}
         if method == "POST" and path == "/servers":
             return 202, {"server": {"id": self._boot(body)["id"]}}
         server = self._get("servers", parts[1])
