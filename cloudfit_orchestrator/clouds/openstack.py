@@ -177,7 +177,8 @@ class OpenStackCloud(Cloud):
         image = self.images.ensure_boot(spec) if cinder else self._one_disk(spec)
         port = None if spec.network is None else self.network.take(owner, spec.network.address)
         volume = self._volume(spec) if cinder else None
-        group = self.servers.ensure_group(owner.deployment, owner.group)
+        new = self.network.made_group(owner.deployment, owner.group)
+        group = self.servers.ensure_group(owner.deployment, owner.group, new=new)
         return Boot(
             image=image,
             flavor=str(flavor["id"]),

@@ -169,19 +169,29 @@ class Network:
 
     def ensure_group(self, deployment: str, group: str) -> str:
         """Id of the security group of that replica group."""
+        return self._known_group(deployment, group)[0]
+
+    def made_group(self, deployment: str, group: str) -> bool:
+        """Whether its security group is new: of this operation, which began with it."""
+        return self._known_group(deployment, group)[1]
+
+    def _known_group(self, deployment: str, group: str) -> tuple[str, bool]:
         return self._api.remembered(("security group", deployment, group), lambda: self._group(deployment, group))
 
-    def _group(self, deployment: str, group: str) -> str:
+    def _group(self, deployment: str, group: str) -> tuple[str, bool]:
         text = group_label(deployment, group)
         tried = f"make the security group of {group}"
         body = {"security_group": {"name": f"{deployment}-{group}", "description": text}}
+        new = False
 
         def there() -> list[dict[str, Any]]:
             return [g for g in self.groups(deployment, description=text) if g["description"] == text]
 
-        def step() -> str | None:
+        def step() -> tuple[str, bool] | None:
+            nonlocal new
             found = there()
             if not found:
+                new = True
                 make_once(self._api, lambda: self._api.make("network", "/security-groups", body, tried), there, tried)
                 return None
             for extra in found[1:]:
@@ -189,7 +199,7 @@ class Network:
                     self._api.delete("network", f"/security-groups/{extra['id']}", tried)
                 except BusyError:
                     continue  # a machine of ours has it
-            return str(found[0]["id"])
+            return str(found[0]["id"]), new
 
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 

@@ -316,14 +316,16 @@ class Servers:
         ours = [g for g in found if (group_of_label(g.get("name")) or ("",))[0] == deployment]
         return sorted(ours, key=lambda g: str(g["id"]))
 
-    def ensure_group(self, deployment: str, group: str) -> str:
+    def ensure_group(self, deployment: str, group: str, *, new: bool = False) -> str:
         """Id of the server group of that replica group: its machines stand on different hosts where there are enough.
 
         Soft, because a recovery has two machines of one replica for a while, and must not fail for want of a host.
+        `new`: probably there is none, so it is made before anybody looks; of two the one without members goes.
         """
-        return self._api.remembered(("server group", deployment, group), lambda: self._group(deployment, group))
+        what = ("server group", deployment, group)
+        return self._api.remembered(what, lambda: self._group(deployment, group, new=new))
 
-    def _group(self, deployment: str, group: str) -> str:
+    def _group(self, deployment: str, group: str, *, new: bool) -> str:
         name = group_label(deployment, group)
         tried = f"make the server group of {group}"
         body = {"server_group": {"name": name, "policy": "soft-anti-affinity"}}
@@ -332,8 +334,10 @@ class Servers:
             return [g for g in self.groups(deployment) if g["name"] == name]
 
         def step() -> str | None:
-            found = there()
+            nonlocal new
+            found = [] if new else there()  # among hundreds a listing takes Nova seconds
             if not found:
+                new = False
                 make_once(self._api, lambda: self._api.make("compute", "/os-server-groups", body, tried), there, tried)
                 return None
             for extra in found[1:]:

@@ -83,6 +83,8 @@ def _finish(lab: Lab, cloud: Cloud) -> None:
             made = resources.make_resources(lab, cloud)
             with _WRITING:
                 state.add_cloud(lab, cloud, made, resources.application_credential(lab, cloud))
+        else:
+            resources.wake_network(lab, cloud)
     say(f"{cloud.name}: ready")
 
 

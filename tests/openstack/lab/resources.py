@@ -158,6 +158,12 @@ def _network(cloud: Cloud, admin: Connection) -> tuple[Any, Any]:
     return network, subnet
 
 
+def wake_network(lab: Lab, cloud: Cloud) -> None:
+    """Ask for networks first: Debian 12's Neutron answers a listing of ports by 500 until it was asked for others."""
+    with connected(lab, cloud) as admin:
+        list(admin.network.networks())
+
+
 def _zone(cloud: Cloud, admin: Connection) -> None:
     zone = cloud.availability_zone
     aggregate = next((a for a in admin.compute.aggregates() if a.name == zone), None)
