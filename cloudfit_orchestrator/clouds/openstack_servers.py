@@ -320,7 +320,8 @@ class Servers:
         """Id of the server group of that replica group: its machines stand on different hosts where there are enough.
 
         Soft, because a recovery has two machines of one replica for a while, and must not fail for want of a host.
-        `new`: probably there is none, so it is made before anybody looks; of two the one without members goes.
+        `new`: probably there is none, and to list hundreds takes Nova seconds, so it is made before anybody looks; of
+        two the one without members goes.
         """
         what = ("server group", deployment, group)
         return self._api.remembered(what, lambda: self._group(deployment, group, new=new))
@@ -335,7 +336,7 @@ class Servers:
 
         def step() -> str | None:
             nonlocal new
-            found = [] if new else there()  # among hundreds a listing takes Nova seconds
+            found = [] if new else sorted(there(), key=lambda g: not g.get("members"))
             if not found:
                 new = False
                 make_once(self._api, lambda: self._api.make("compute", "/os-server-groups", body, tried), there, tried)

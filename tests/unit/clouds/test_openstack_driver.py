@@ -1,10 +1,13 @@
 """The OpenStack driver against a cloud in memory, over real HTTP."""
 
+from dataclasses import replace
+
 import pytest
 
-from cloudfit_orchestrator.clouds.base import MachineState
+from cloudfit_orchestrator.clouds.base import MachineState, OrphanKind
+from cloudfit_orchestrator.clouds.openstack_tags import group_label
 from cloudfit_orchestrator.testing.openstack_fake import FakeOpenStack
-from tests.unit.clouds.openstack_places import driving, machine_spec, owner, quick
+from tests.unit.clouds.openstack_places import PLACE, driving, machine_spec, owner, quick
 
 
 @pytest.fixture
@@ -91,3 +94,29 @@ def test_a_machine_costs_the_same_however_many_there_are(monkeypatch, fake, clou
     cloud.create(machine_spec(tmp_path, cloud, owner(group="other")))
     assert shown
     assert max(shown) <= 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_port_that_a_machine_left_goes_with_its_evidence_or_by_itself(fake, tmp_path, known):
+    with driving(tmp_path, fake, replace(PLACE, state="instance")) as cloud:
+        made = cloud.create(machine_spec(tmp_path, cloud))
+        fake._server_gone(fake.objects["servers"][made.id])
+        found = cloud.orphans("dep", [], evidence=[made.owner] if known else [])
+        wanted = (OrphanKind.DISK, made.owner) if known else (OrphanKind.NETWORK, None)
+        assert wanted in [(o.kind, o.owner) for o in found]
+        cloud.sweep("dep", [o for o in found if (o.kind, o.owner) == wanted])
+        assert not fake.objects["ports"]
+
+
+@pytest.mark.parametrize("members", [[], ["s"]])
+def test_server_groups_are_listed_once_where_the_group_is_new_and_of_two_one_stays(fake, cloud, tmp_path, members):
+    old = fake._new("server_groups", {"name": group_label("dep", "ledger"), "members": [*members], "id": "~"})
+    fake.objects["server_groups"] = {"~": old}  # the last by id
+    cloud.create(machine_spec(tmp_path, cloud))
+    (group,) = fake.objects["server_groups"].values()
+    assert len(group["members"]) == len(members) + 1
+    assert fake.calls.count("GET compute:/os-server-groups") == 1
+    cloud.api.forget()
+    cloud.create(machine_spec(tmp_path, cloud, owner("r2")))
+    assert len(group["members"]) == len(members) + 2, "the group is not new any more"
+    assert fake.calls.count("POST compute:/os-server-groups") == 1
