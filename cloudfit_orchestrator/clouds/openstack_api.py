@@ -457,13 +457,14 @@ class Api:
         known, self._known = self._known, {}
         return bool(known)
 
-    def until(self, tried: str, step: Callable[[], _T | None], timeout_s: float) -> _T:
+    def until(self, tried: str, step: Callable[[], _T | None], timeout_s: float, pauses: float = 0.5) -> _T:
         """Call `step` (look; act if need be) until it returns something, or raises what is not temporary.
 
         TemporaryError after `timeout_s`, with what was seen last. Polled, because these APIs announce nothing. A first
-        refusal may be for something remembered that is gone by now: then it is looked up anew.
+        refusal may be for something remembered that is gone by now: then it is looked up anew. `pauses`: the first one,
+        in FIRST_PAUSE_S; they grow.
         """
-        deadline, pause, last, forgot = time.monotonic() + timeout_s, FIRST_PAUSE_S / 2, "", False
+        deadline, pause, last, forgot = time.monotonic() + timeout_s, pauses * FIRST_PAUSE_S, "", False
         while True:
             try:
                 found = step()

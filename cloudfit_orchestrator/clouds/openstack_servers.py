@@ -20,6 +20,7 @@ from cloudfit_orchestrator.clouds.openstack_volumes import make_once
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, TemporaryError
 
 SERVER_TIMEOUT_S = 300.0  # a first boot fetches the image to the host; libvirt on a loaded host takes a minute
+SERVER_PAUSES = 3  # of openstack_api.FIRST_PAUSE_S before the first look: no cloud makes one sooner
 ACTION_TIMEOUT_S = 180.0
 DELETE_TIMEOUT_S = 300.0
 _PAGE = "500"
@@ -84,16 +85,17 @@ class Servers:
         """Id and name: for details Nova asks Neutron about every server in the list."""
         return self._api.list("compute", "/servers", "servers", tried, **only, limit=_PAGE)
 
-    def all_of(self, owner: Ownership, *, alone: bool = False) -> list[dict[str, Any]]:
+    def all_of(self, owner: Ownership, *, alone: bool = False, known: bool = False) -> list[dict[str, Any]]:
         """Every server of that identity, oldest first: more than one only after a creation whose answer was lost.
 
-        `alone`: RefusedError if there is none and a stranger wears its name.
+        `alone`: RefusedError if there is none and a stranger wears its name. `known`: there has been one just now.
         """
-        # Both lists are of the whole group: threads that make its machines at the same time share them.
-        tried = f"look up the machines of {owner.group}"
-        found = [s for s in self._list(tried, tags=group_tag(owner)) if _is(s, owner)]
-        if found:
-            return found
+        # The lists are of the whole group: threads that make its machines at the same time share them.
+        tried, of_group = f"look up the machines of {owner.group}", group_tag(owner)
+        if known or self._brief(tried, tags=of_group):
+            found = [s for s in self._list(tried, tags=of_group) if _is(s, owner)]
+            if found:
+                return found
         pattern = f"^{owner.deployment}-{owner.group}-".replace(".", r"\.")
         homonyms = [str(s["id"]) for s in self._brief(tried, name=pattern) if s.get("name") == owner.name]
         named = [s for s in map(self.get, homonyms) if s is not None]
@@ -143,7 +145,7 @@ class Servers:
             nonlocal failed, asked, made
             if made and self._still_built(made, owner):
                 raise TemporaryError("it is BUILD")
-            found = self.all_of(owner, alone=True) or self._ours(made, owner)
+            found = self.all_of(owner, alone=True, known=bool(made)) or self._ours(made, owner)
             for extra in found[1:]:
                 self.remove(extra)
             if not found:
@@ -174,7 +176,7 @@ class Servers:
                 raise TemporaryError(f"it is {status}, {server.get(_TASK) or 'no task'}")
             return server
 
-        server = self._api.until(tried, step, SERVER_TIMEOUT_S)
+        server = self._api.until(tried, step, SERVER_TIMEOUT_S, SERVER_PAUSES)
         return server if state_of(server) is not MachineState.STOPPED else self.start(str(server["id"]), owner)
 
     def _body(self, owner: Ownership, fingerprint: str, boot: Boot) -> dict[str, Any]:

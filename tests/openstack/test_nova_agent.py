@@ -170,8 +170,11 @@ def test_a_server_that_leaves_its_host_is_lost_to_its_agent(lab, tmp_path, deplo
             assert status()["lost"] == no_domain(machine)
 
     with spare_host(where, cloud) as host, listing(lab, lab["accounts"]["admin"]) as admin:
+        (spare,) = admin.compute.services(host=host.name, binary="nova-compute")
         for move in (migrate, move_stopped, evacuate):
+            admin.compute.disable_service(spare)  # so that the server begins on the usual host
             with server(lab, tmp_path, deployment, image, network=False) as (_, machine):
+                admin.compute.enable_service(spare)
                 asyncio.run(move(admin, machine, host))
 
 
