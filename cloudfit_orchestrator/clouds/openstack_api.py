@@ -115,7 +115,7 @@ _Objects = list[dict[str, Any]]  # as an annotation behind `Api.list`
 
 
 class Api:
-    """One cloud as one project sees it. Any thread may use it; at most MAX_CONNECTIONS work at a time."""
+    """One cloud as one project sees it. Any thread may use it; at most `connections` work at a time."""
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class Api:
         files: Sequence[Path] | None = None,
         read_timeout_s: float = READ_TIMEOUT_S,
         repeat_for_s: float = REPEAT_FOR_S,
+        connections: int = MAX_CONNECTIONS,
     ) -> None:
         """Reads nothing and connects to nothing yet."""
         self.cloud, self.region = cloud, region
@@ -132,7 +133,8 @@ class Api:
         self._timeout = (CONNECT_TIMEOUT_S, read_timeout_s)
         self._repeat_for_s = repeat_for_s
         self._idle: queue.LifoQueue[Connection | None] = queue.LifoQueue()
-        for _ in range(MAX_CONNECTIONS):
+        self._connections = connections
+        for _ in range(connections):
             self._idle.put(None)  # a place for a connection that is opened when it is needed
         self._mine = threading.local()
         self._shared = SharedCalls()
@@ -148,7 +150,7 @@ class Api:
     def close(self) -> None:
         """Close idle connections; no request can be made any more."""
         self._closed = True
-        for _ in range(MAX_CONNECTIONS):
+        for _ in range(self._connections):
             try:
                 connection = self._idle.get_nowait()
             except queue.Empty:
@@ -457,14 +459,14 @@ class Api:
         known, self._known = self._known, {}
         return bool(known)
 
-    def until(self, tried: str, step: Callable[[], _T | None], timeout_s: float, pauses: float = 0.5) -> _T:
+    def until(self, tried: str, step: Callable[[], _T | None], timeout_s: float, pace: int = 0) -> _T:
         """Call `step` (look; act if need be) until it returns something, or raises what is not temporary.
 
         TemporaryError after `timeout_s`, with what was seen last. Polled, because these APIs announce nothing. A first
-        refusal may be for something remembered that is gone by now: then it is looked up anew. `pauses`: the first one,
-        in FIRST_PAUSE_S; they grow.
+        refusal may be for something remembered that is gone by now: then it is looked up anew. `pace`: not more and
+        more rarely, but each so many FIRST_PAUSE_S, at instants that all threads share.
         """
-        deadline, pause, last, forgot = time.monotonic() + timeout_s, pauses * FIRST_PAUSE_S, "", False
+        deadline, pause, last, forgot = time.monotonic() + timeout_s, FIRST_PAUSE_S / 2, "", False
         while True:
             try:
                 found = step()
@@ -484,5 +486,6 @@ class Api:
                     retry_after_s=LONGEST_PAUSE_S,
                 )
             # Threads look at the same instants, so that they share what they list.
-            time.sleep(pause + -(time.monotonic() + pause) % FIRST_PAUSE_S)
-            pause = min(1.5 * pause, LONGEST_PAUSE_S)
+            grid = (pace or 1) * FIRST_PAUSE_S
+            time.sleep(pause + -(time.monotonic() + pause) % grid)
+            pause = pause if pace else min(1.5 * pause, LONGEST_PAUSE_S)

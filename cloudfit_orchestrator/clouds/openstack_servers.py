@@ -20,7 +20,7 @@ from cloudfit_orchestrator.clouds.openstack_volumes import make_once
 from cloudfit_orchestrator.model.errors import PermanentError, RefusedError, TemporaryError
 
 SERVER_TIMEOUT_S = 300.0  # a first boot fetches the image to the host; libvirt on a loaded host takes a minute
-SERVER_PAUSES = 3  # of openstack_api.FIRST_PAUSE_S before the first look: no cloud makes one sooner
+SERVER_PACE = 4  # a listing each two seconds, however many servers are waited for
 ACTION_TIMEOUT_S = 180.0
 DELETE_TIMEOUT_S = 300.0
 _PAGE = "500"
@@ -176,7 +176,7 @@ class Servers:
                 raise TemporaryError(f"it is {status}, {server.get(_TASK) or 'no task'}")
             return server
 
-        server = self._api.until(tried, step, SERVER_TIMEOUT_S, SERVER_PAUSES)
+        server = self._api.until(tried, step, SERVER_TIMEOUT_S, SERVER_PACE)
         return server if state_of(server) is not MachineState.STOPPED else self.start(str(server["id"]), owner)
 
     def _body(self, owner: Ownership, fingerprint: str, boot: Boot) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def main() -> None:
     directory = tiny_image(GUEST)
     manifest = tiny_manifest(directory)
     machines, deployment = REPLICAS * options.groups, f"t{os.urandom(4).hex()}"
-    api = CountingApi(CLOUD, told["region"], files=[lab.clouds_yaml])
+    api = CountingApi(CLOUD, told["region"], files=[lab.clouds_yaml], connections=options.workers)
     api.counts, api.lock = Counter(), threading.Lock()
     with tempfile.TemporaryDirectory() as home, OpenStackCloud(home=Path(home), place=place_of(told), api=api) as cloud:
         try:
