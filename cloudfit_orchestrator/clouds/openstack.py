@@ -177,7 +177,7 @@ class OpenStackCloud(Cloud):
         image = self.images.ensure_boot(spec) if cinder else self._one_disk(spec)
         port = None if spec.network is None else self.network.take(owner, spec.network.address)
         volume = self._volume(spec) if cinder else None
-        new = self.network.made_group(owner.deployment, owner.group)
+        new = port is not None and self.network.made_group(owner.deployment, owner.group)
         group = self.servers.ensure_group(owner.deployment, owner.group, new=new)
         return Boot(
             image=image,
