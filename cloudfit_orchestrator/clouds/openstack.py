@@ -176,6 +176,9 @@ class OpenStackCloud(Cloud):
         flavor = self.flavor(spec, single=spec.state_disk is not None and not cinder)
         image = self.images.ensure_boot(spec) if cinder else self._one_disk(spec)
         port = None if spec.network is None else self.network.take(owner, spec.network.address)
+        user = self.servers.get(str(port["device_id"])) if port is not None and port.get("device_id") else None
+        if user is not None and owner_of(user["metadata"]) is None:
+            raise RefusedError(f"the port of {owner.name} is used by a server that is not ours, {user['id']}")
         volume = self._volume(spec) if cinder else None
         new = port is not None and self.network.made_group(owner.deployment, owner.group)
         group = self.servers.ensure_group(owner.deployment, owner.group, new=new)

@@ -74,24 +74,12 @@ class Network:
         """The address for that machine-to-be: the one it got before, or a fresh one."""
         tried = f"reserve an address for {wanted.name}"
 
-        def there() -> list[dict[str, Any]]:
-            named = self.ports(name=wanted.name)
-            found = [p for p in named if Reservation.from_label(p.get("description")) == wanted]
-            return sorted(found, key=lambda p: (str(p.get("created_at")), str(p["id"])))
-
         def step() -> str | None:
-            found = there()
+            found = self._of(wanted)
             if not found:
-                body = {
-                    "network_id": self.require()["id"],
-                    "name": wanted.name,
-                    "description": wanted.label(),
-                    "fixed_ips": [{"subnet_id": self.subnet()["id"]}],
-                    "security_groups": [self.ensure_group(wanted.deployment, wanted.group)],
-                    "admin_state_up": True,
-                }
-                make = lambda: self._api.make("network", "/ports", {"port": body}, tried)  # noqa: E731
-                made = _told(make_once(self._api, make, there, tried), wanted.label())
+                body = self._body(wanted)
+                make = lambda: self._api.make("network", "/ports", body, tried)  # noqa: E731
+                made = _told(make_once(self._api, make, lambda: self._of(wanted), tried), wanted.label())
                 return _address(made) if made else None  # what was made twice is seen when the port is taken
             used = [p for p in found if p.get("device_id")]
             first = (used or found)[0]
@@ -102,22 +90,35 @@ class Network:
 
         return self._api.until(tried, step, NETWORK_TIMEOUT_S)
 
+    def _of(self, wanted: Reservation) -> list[dict[str, Any]]:
+        """The ports for it, oldest first: more than one only if the answer was lost, or the call carried out twice."""
+        found = [p for p in self.ports(name=wanted.name) if Reservation.from_label(p.get("description")) == wanted]
+        return sorted(found, key=lambda p: (str(p.get("created_at")), str(p["id"])))
+
+    def _body(self, wanted: Reservation, **fixed: str) -> dict[str, Any]:
+        """To make its port, with a `fixed` address or any."""
+        port = {
+            "network_id": self.require()["id"],
+            "name": wanted.name,
+            "description": wanted.label(),
+            "fixed_ips": [{"subnet_id": self.subnet()["id"], **fixed}],
+            "security_groups": [self.ensure_group(wanted.deployment, wanted.group)],
+            "admin_state_up": True,
+        }
+        return {"port": port}
+
     def take(self, owner: Ownership, address: str) -> dict[str, Any]:
         """The machine's port with that address: the one that was reserved, or, if that is gone, one like it."""
         tried = f"give {owner.name} the address {address}"
         mine = Reservation.of(owner)
 
         def step() -> dict[str, Any] | None:
-            here = [p for p in self.ports(name=mine.name) if Reservation.from_label(p.get("description")) == mine]
+            here = self._of(mine)
             at_it = [p for p in here if _address(p) == address] or self.ports(fixed_ips=f"ip_address={address}")
             port = next((p for p in at_it if _address(p) == address), None)
             if port is None:
-                fixed = {"subnet_id": self.subnet()["id"], "ip_address": address}
-                groups = [self.ensure_group(owner.deployment, owner.group)]
-                place = {"network_id": self.require()["id"], "fixed_ips": [fixed], "security_groups": groups}
-                named = {"name": mine.name, "description": mine.label()}
                 try:
-                    self._api.make("network", "/ports", {"port": {**named, **place}}, tried)
+                    self._api.make("network", "/ports", self._body(mine, ip_address=address), tried)
                 except RejectedError as error:
                     raise PermanentError(
                         f"{tried}: its port is gone, and another one cannot be made: {error.fact}",
@@ -129,7 +130,7 @@ class Network:
                     f"{tried}: the port {port['id']} with that address does not carry its tags: not touched",
                     next_command=f"openstack --os-cloud {self._api.cloud} port show {port['id']}",
                 )
-            for extra in here:  # of a reservation whose answer was lost, or that was carried out twice
+            for extra in here:
                 if extra is not port:
                     self.remove_port(extra)
             return port

@@ -331,6 +331,17 @@ def test_an_address_that_a_stranger_has_taken(tmp_path, fake, cloud):
     assert port["id"] in fake.objects["ports"]
 
 
+def test_a_port_of_ours_that_a_strangers_server_uses(tmp_path, fake, cloud):
+    spec = machine_spec(tmp_path, cloud)
+    (port,) = fake.objects["ports"].values()
+    stranger = fake._new("servers", {"name": "theirs", "status": "ACTIVE", "metadata": {}, "tags": [], "_ports": []})
+    port["device_id"] = stranger["id"]
+    with pytest.raises(RefusedError, match=f"is used by a server that is not ours, {stranger['id']}"):
+        cloud.create(spec)
+    assert list(fake.objects["ports"]) == [port["id"]]
+    assert list(fake.objects["servers"]) == [stranger["id"]]
+
+
 def test_a_snapshot_that_is_not_ours_is_let_be(tmp_path, fake, cloud):
     machine = cloud.create(machine_spec(tmp_path, cloud))
     taken = cloud.snapshot(cloud.pause(machine), "rec1")

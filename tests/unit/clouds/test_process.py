@@ -132,7 +132,7 @@ def test_a_process_whose_pid_was_never_noted_is_found_by_its_mark(cloud, tmp_pat
 
 
 def test_the_mark_of_a_process_in_the_middle_of_execve_is_waited_for():
-    for number in range(100):  # each third or fourth one's environment is empty at once
+    for number in range(100):  # of two in five the environment is empty at once
         where = f"/nowhere/{number}"
         pid = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)"], {MARK: where})
         try:
